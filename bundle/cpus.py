@@ -1,0 +1,33 @@
+"""How many CPUs this process may use: affinity and container limits, not what the node has."""
+
+import os
+from pathlib import Path
+
+
+def cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """CPUs (may be a fraction) by affinity and by the cgroup's quota, version 2 or 1.
+
+    A container sees its own limit at the root of its cgroup mount. Files and units: the kernel's
+    Documentation/admin-guide/cgroup-v2.rst (cpu.max) and scheduler/sched-bwc.rst (v1).
+    """
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period = _quota(cgroup)
+    return min(available, quota / period) if quota > 0 and period > 0 else available
+
+
+def whole_cpus() -> int:
+    """CPUs rounded down, at least one: how many busy threads fit."""
+    return max(1, int(cpus()))
+
+
+def _quota(cgroup: Path) -> tuple[int, int]:
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        return (-1 if quota == "max" else int(quota)), int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        v1 = cgroup / "cpu"
+        return int((v1 / "cpu.cfs_quota_us").read_text()), int((v1 / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        return -1, 1

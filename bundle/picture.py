@@ -1,0 +1,181 @@
+"""Picture bytes -> uint8 [H, W, 3]: the only decode and resize in Kennel.
+
+Training, evaluation and the gateway all call `load`, so what was measured is what is served.
+"""
+
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Pixels = NDArray[np.uint8]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# A 64-megapixel picture takes about 200 MB while it is decoded; phones make 12 to 50.
+MAX_PIXELS = 64_000_000
+
+# EXIF tag 0x0112 -> what brings the picture upright (CIPA DC-008, section 4.6.4 A).
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class PictureError(ValueError):
+    """The bytes cannot become pixels; the message says why and what would be right."""
+
+
+class NotAPicture(PictureError):
+    """Not one of FORMATS."""
+
+
+class BrokenPicture(PictureError):
+    """One of FORMATS, but cut off or damaged."""
+
+
+class TooManyPixels(PictureError):
+    """More pixels than the limit; found from the header, before anything is decoded."""
+
+
+@dataclass(frozen=True)
+class Resize:
+    """How a picture of any size becomes `height` x `width` pixels.
+
+    crop: the shorter side is scaled to `shorter_side`, then the centre is cut out;
+    pad: the whole picture is fitted in, the rest filled with grey; stretch: both sides are scaled.
+    """
+
+    height: int
+    width: int
+    rule: Literal["crop", "pad", "stretch"] = "crop"
+    shorter_side: int = 0  # crop only
+    filter: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width) < 1 or max(self.height, self.width) > 1446:
+            # 1446 x 1446 x 3 bytes is the largest square that TorchServe's request limit lets through.
+            raise ValueError(f"height and width must be 1 to 1446, not {self.height} and {self.width}")
+        if self.rule == "crop" and self.shorter_side < max(self.height, self.width):
+            raise ValueError(f"shorter_side {self.shorter_side} is less than the crop of {self.height}x{self.width}")
+        if self.rule != "crop" and self.shorter_side:
+            raise ValueError("shorter_side belongs to the rule 'crop'")
+
+
+def load(data: bytes, to: Resize, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """Decode and resize -> uint8 [to.height, to.width, 3], RGB, upright.
+
+    Raises NotAPicture, BrokenPicture or TooManyPixels.
+    """
+    return resize(decode(data, to, max_pixels), to)
+
+
+def decode(data: bytes, to: Resize | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode -> upright RGB image; a JPEG is decoded no larger than `to` needs (DCT scaling).
+
+    Raises NotAPicture, BrokenPicture or TooManyPixels.
+    """
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as exc:  # Pillow's own limit, above any of ours
+        raise TooManyPixels(f"the picture has more than {max_pixels:,} pixels: send a smaller one") from exc
+    except MemoryError:
+        raise
+    except Exception as exc:  # what Pillow raises on damaged headers is not a closed set
+        raise NotAPicture(_what_it_is(data)) from exc
+    width, height = image.size
+    if width * height > max_pixels:
+        raise TooManyPixels(
+            f"the picture has {width} x {height} = {width * height:,} pixels, "
+            f"more than the limit of {max_pixels:,}: send a smaller one"
+        )
+    try:
+        if to:
+            scale = _scale(width, height, to)
+            # Orientation may swap the sides, which leaves the smaller ratio as it is.
+            image.draft("RGB", (max(1, round(width * scale)), max(1, round(height * scale))))
+        image.load()
+        return _rgb(_upright(image))
+    except MemoryError:
+        raise
+    except PictureError:
+        raise
+    except Exception as exc:  # likewise for damaged bodies
+        raise BrokenPicture(
+            f"the {image.format} picture is cut off or damaged ({exc}): send the whole file"
+        ) from exc
+
+
+def resize(image: Image.Image, to: Resize) -> Pixels:
+    """RGB image of any size -> uint8 [to.height, to.width, 3]."""
+    width, height = image.size
+    filter = Image.Resampling[to.filter.upper()]
+    if to.rule == "crop":
+        # Only what the crop keeps is computed: the box is the crop in the source's coordinates.
+        scale = _scale(width, height, to)
+        box_width, box_height = min(width, to.width / scale), min(height, to.height / scale)
+        left, top = (width - box_width) / 2, (height - box_height) / 2
+        box = (left, top, min(width, left + box_width), min(height, top + box_height))
+        image = image.resize((to.width, to.height), filter, box)
+    elif to.rule == "stretch":
+        image = image.resize((to.width, to.height), filter)
+    else:
+        scale = _scale(width, height, to)
+        inner = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), filter)
+        image = Image.new("RGB", (to.width, to.height), (128, 128, 128))
+        image.paste(inner, ((to.width - inner.width) // 2, (to.height - inner.height) // 2))
+    return np.asarray(image)
+
+
+def _scale(width: int, height: int, to: Resize) -> float:
+    if to.rule == "crop":
+        return to.shorter_side / min(width, height)
+    if to.rule == "pad":
+        return min(to.width / width, to.height / height)
+    # The side that shrinks least bounds how far a JPEG may be scaled while decoding; the sides may
+    # yet be swapped by the orientation.
+    return max(to.width, to.height) / min(width, height)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF does not make a picture unreadable: browsers show it too
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of grey
+        grey = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise NotAPicture("floating-point TIFF is not supported: send 8 or 16 bits a channel")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _what_it_is(data: bytes) -> str:
+    """Why Pillow did not know these bytes, and what to send."""
+    names = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+    start = data[:512].lstrip().lower()
+    if not data:
+        return f"the picture is empty (0 bytes): send a {names} file"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc", b"avif"):
+        return f"HEIC and AVIF are not supported: save the picture as JPEG, or send {names}"
+    if b"<svg" in start or start.startswith(b"<?xml"):
+        return f"SVG is a drawing, not a picture of pixels: export it as PNG, or send {names}"
+    if data[:4] == b"%PDF":
+        return f"PDF is a document: export the page as PNG, or send {names}"
+    return f"these {len(data)} bytes are not a picture that can be read: send {names}"

@@ -1,0 +1,1 @@
+"""Labelled pictures -> bundle. Knows torch, never HTTP."""
