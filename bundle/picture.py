@@ -85,7 +85,7 @@ def decode(data: bytes, to: Resize | None = None, max_pixels: int = MAX_PIXELS) 
     """
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as exc:  # Pillow's own limit, above any of ours
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:  # Pillow's own limits, above ours
         raise TooManyPixels(f"the picture has more than {max_pixels:,} pixels: send a smaller one") from exc
     except MemoryError:
         raise
@@ -99,8 +99,8 @@ def decode(data: bytes, to: Resize | None = None, max_pixels: int = MAX_PIXELS) 
         )
     try:
         if to:
-            scale = _scale(width, height, to)
-            # Orientation may swap the sides, which leaves the smaller ratio as it is.
+            # Orientation may yet swap the sides: large enough for both.
+            scale = max(_scale(width, height, to), _scale(height, width, to))
             image.draft("RGB", (max(1, round(width * scale)), max(1, round(height * scale))))
         image.load()
         return _rgb(_upright(image))
@@ -109,9 +109,7 @@ def decode(data: bytes, to: Resize | None = None, max_pixels: int = MAX_PIXELS) 
     except PictureError:
         raise
     except Exception as exc:  # likewise for damaged bodies
-        raise BrokenPicture(
-            f"the {image.format} picture is cut off or damaged ({exc}): send the whole file"
-        ) from exc
+        raise BrokenPicture(f"the {image.format} picture is cut off or damaged ({exc}): send the whole file") from exc
 
 
 def resize(image: Image.Image, to: Resize) -> Pixels:
@@ -140,30 +138,30 @@ def _scale(width: int, height: int, to: Resize) -> float:
         return to.shorter_side / min(width, height)
     if to.rule == "pad":
         return min(to.width / width, to.height / height)
-    # The side that shrinks least bounds how far a JPEG may be scaled while decoding; the sides may
-    # yet be swapped by the orientation.
-    return max(to.width, to.height) / min(width, height)
+    return max(to.width / width, to.height / height)  # the side that shrinks least
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF does not make a picture unreadable: browsers show it too
+    except Exception:  # noqa: BLE001 - damaged EXIF does not make a picture unreadable: browsers show it too
         return image
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits of grey
-        grey = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
+        # From 65408 on it is 255; clipped there, adding 128 stays within 16 bits.
+        grey = (np.asarray(image).clip(0, 65407).astype(np.uint16) + 128) // 257
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise NotAPicture("floating-point TIFF is not supported: send 8 or 16 bits a channel")
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+        white = Image.new("RGB", rgba.size, "white")
+        white.paste(rgba, mask=rgba)
+        return white
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy
 
 
 def _what_it_is(data: bytes) -> str:

@@ -1,0 +1,77 @@
+# Every door of Kennel: `make help`.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+MODEL ?= dog-breeds
+PORT ?= 8080
+GRPC_PORT ?= 7070
+URL ?= http://127.0.0.1:$(PORT)
+PYTHON ?= python3.11
+# Where torch's CPU build is looked for if pip's own sources do not have it; empty: nowhere else.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# cuda: torch's CUDA build, for a machine with a GPU.
+TORCH ?= cpu
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes
+RUN_PARTS := gateway model-server training local
+export PYTHONPATH := $(CURDIR)
+STARTED := $(shell date +%s)
+
+.PHONY: help
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+.PHONY: run
+run: $(VENV)/run ## both processes here; MODEL=name,path/to/bundle PORT=8080
+	@$(PY) -m local.run --models $(MODEL) --port $(PORT) --grpc-port $(GRPC_PORT) --since $(STARTED)
+
+.PHONY: predict
+predict: $(VENV)/run ## PHOTO=x.jpg as a table, or DIR=folder to a CSV; MODEL=name URL=http://...
+	@$(PY) -m local.predict $(if $(PHOTO),--photo "$(PHOTO)") $(if $(DIR),--dir "$(DIR)") --url $(URL) $(if $(filter command line,$(origin MODEL)),--model $(MODEL))
+
+.PHONY: bundle
+bundle: $(VENV)/run ## the default bundle anew; LITE=0, 1 or 2
+	@$(PY) -m training.dog_breeds build/bundles/dog-breeds --lite $(or $(LITE),0)
+
+.PHONY: test
+test: $(VENV)/dev ## all tests; UNIT=1 only those without servers
+	@$(PY) -m pytest $(if $(UNIT),--ignore tests/serving)
+
+.PHONY: lint
+lint: $(VENV)/dev ## ruff and mypy
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+.PHONY: screenshot
+screenshot: $(VENV)/dev ## docs/page.png, the README's picture, by the browser test
+	@SCREENSHOT=docs/page.png $(PY) -m pytest -q tests/serving/test_page.py
+
+.PHONY: lock
+lock: ## pin every dependency with hashes (needs uv)
+	@python3 requirements/lock.py
+
+.PHONY: clean
+clean: ## remove the environment and everything built
+	@rm -rf $(VENV) build
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "Kennel needs Python 3.11: set PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+# The CPU build of torch first, from pip's own sources or its index; where neither has it, the lock's
+# other build is taken, and what only that one needs.
+$(VENV)/run: $(VENV)/bin/python $(RUN_PARTS:%=requirements/%.txt)
+	@echo "Installing what the parts need into $(VENV) (once, about two minutes)"
+ifeq ($(TORCH),cpu)
+	@$(PIP) -r requirements/torch-cpu.txt 2>/dev/null \
+	|| $(PIP) -r requirements/torch-cpu.txt --index-url $(TORCH_INDEX) --retries 0 --timeout 5 2>/dev/null \
+	|| echo "torch's CPU build was not found: taking the build with CUDA, which is larger"
+endif
+	@$(PIP) $(RUN_PARTS:%=-r requirements/%.txt)
+	@$(PY) -c 'import torch' 2>/dev/null || $(PIP) -r requirements/cuda.txt
+	@touch $@
+
+$(VENV)/dev: $(VENV)/run requirements/dev.txt
+	@$(PIP) -r requirements/dev.txt
+	@touch $@

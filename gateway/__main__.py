@@ -1,0 +1,62 @@
+"""Starts the gateway: `MODELS=dog-breeds python -m gateway`.
+
+gunicorn forks the worker processes; each makes its own app, and with it its own channel.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from gunicorn.app.base import BaseApplication
+
+from gateway.settings import Settings
+
+
+class Server(BaseApplication):  # type: ignore[misc]
+    def __init__(self, settings: Settings, shared: Path) -> None:
+        self.settings, self.shared = settings, shared
+        super().__init__()
+
+    def load_config(self) -> None:
+        from gateway.telemetry import LOGGING
+
+        options: dict[str, Any] = {
+            "bind": f"{self.settings.host}:{self.settings.port}",
+            "worker_class": "gthread",
+            "workers": self.settings.worker_processes,
+            "threads": self.settings.threads,
+            "graceful_timeout": int(self.settings.grace_seconds),
+            # Longer than the load balancers in front keep their connections (GKE: 600 s).
+            "keepalive": 620,
+            "worker_tmp_dir": str(self.shared),
+            "logconfig_dict": LOGGING,
+            "child_exit": _forget,
+            "control_socket_disable": True,
+        }
+        for key, value in options.items():
+            self.cfg.set(key, value)
+
+    def load(self) -> Any:
+        from gateway.app import create_app
+
+        return create_app(self.settings, self.shared / "ready")
+
+
+def _forget(_: Any, worker: Any) -> None:
+    """A worker process that ended no longer counts in gauges."""
+    from prometheus_client import multiprocess
+
+    multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+
+
+def main() -> None:
+    settings = Settings.from_environment()
+    with tempfile.TemporaryDirectory(prefix="gateway-") as shared:
+        # Read by prometheus_client when it is imported, which is why the imports above wait.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
+        Server(settings, Path(shared)).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""The Flask app: routes, and nothing that happens at import."""
+
+import base64
+import binascii
+import re
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import flask
+from flask import Response, current_app, g, request
+from flask_openapi3 import Info, OpenAPI
+from pydantic import ValidationError
+from werkzeug.exceptions import HTTPException
+
+from bundle.cpus import whole_cpus
+from gateway import body, errors, schemas, telemetry
+from gateway.client import Client
+from gateway.errors import Problem
+from gateway.models import Model
+from gateway.settings import Settings
+
+STATIC = Path(__file__).with_name("static")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+# The page needs nothing from another host; the docs' own page brings inline scripts with it.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+
+class Request(flask.Request):
+    def _get_file_stream(self, *_: Any, **__: Any) -> BytesIO:  # type: ignore[override]
+        """Uploads stay in memory: werkzeug would write those over 500 kB to a file."""
+        return BytesIO()
+
+    def get_json(self, *_: Any, **__: Any) -> Any:
+        """JSON whatever the content type says, as curl -d sends it; what is wrong with it is said."""
+        return super().get_json(force=True)
+
+    def on_json_loading_failed(self, e: ValueError | None) -> Any:
+        raise errors.BadRequest(f'the body is not JSON ({e}): send {{"instances": [{{"b64": "..."}}]}}') from e
+
+
+class Gateway:
+    """What the routes share: the models, and whether all of them have answered once."""
+
+    def __init__(self, settings: Settings, ready_file: Path | None) -> None:
+        self.settings = settings
+        client = Client(settings.model_server, settings.in_flight, telemetry.RETRIES.inc)
+        decoding = threading.Semaphore(whole_cpus())
+        self.models = {name: Model(name, client, decoding, settings.max_pixels) for name in settings.models}
+        self.several = ThreadPoolExecutor(min(8, settings.in_flight), "instances")
+        self._ready_file, self._ready = ready_file, False
+
+    def model(self, name: str | None) -> Model:
+        """Raises UnknownModel, naming those there are."""
+        name = name or self.settings.models[0]
+        if name not in self.models:
+            raise errors.UnknownModel(f"there is no model {name!r} here: there is {', '.join(self.models)}")
+        return self.models[name]
+
+    def check_ready(self) -> None:
+        """Passes for good once every model gave a full round trip, in any of the worker processes.
+
+        A later outage behind the gateway is answered with 503 and Retry-After, not by taking every
+        gateway out of its Service. Raises the Problem of the first model that has not answered.
+        """
+        if self._ready or (self._ready_file and self._ready_file.exists()):
+            return
+        for model in self.models.values():
+            model.check(time.monotonic() + 1)
+        self._ready = True
+        if self._ready_file:
+            self._ready_file.touch()
+
+
+def create_app(settings: Settings, ready_file: Path | None = None) -> OpenAPI:
+    """A fresh app. ready_file: where worker processes tell each other that the gateway became ready."""
+    problems = {status: schemas.ProblemDetails for status in (400, 404, 413, 415, 422, 502, 503, 504)}
+    app = OpenAPI(
+        __name__,
+        info=Info(title="Kennel", version="1", description="Pictures in, named answers out."),
+        static_folder=str(STATIC),
+        doc_prefix="/docs",
+        validation_error_status=400,
+        validation_error_model=schemas.ProblemDetails,
+        validation_error_callback=_invalid,
+    )
+    app.request_class = Request
+    app.json.sort_keys = False  # type: ignore[attr-defined]  # answers read in the order they are written
+    app.wsgi_app = body.Body(app.wsgi_app, settings.max_bytes)  # type: ignore[method-assign]
+    app.extensions["gateway"] = Gateway(settings, ready_file)
+    app.before_request(_begin)
+    app.after_request(_finish)
+    app.register_error_handler(Problem, _problem)
+    app.register_error_handler(HTTPException, _http)
+    app.register_error_handler(Exception, _unexpected)
+
+    app.get("/", doc_ui=False)(index)
+    app.get("/openapi.json", doc_ui=False)(lambda: app.api_doc)
+    app.get("/healthz", summary="Alive")(healthz)
+    app.get("/readyz", summary="Every model has answered", responses={503: schemas.ProblemDetails})(readyz)
+    app.get("/metrics", summary="For Prometheus")(metrics)
+    app.get("/v1/models", summary="The models served", responses={200: schemas.ModelList})(list_models)
+    app.get("/v1/models/<name>", summary="One model", responses={200: schemas.ModelInfo, **problems})(get_model)
+    app.post(
+        "/predict",
+        summary="One picture: multipart field `image`, or the file as the body",
+        responses={200: schemas.Prediction, **problems},
+        openapi_extensions={"x-raw-body": "the picture file itself, any content type but form data"},
+    )(predict)
+    app.post(
+        "/v1/models/<name>:predict",
+        summary="Several pictures as JSON",
+        responses={200: schemas.PredictResponse, **problems},
+    )(predict_json)
+    return app
+
+
+def index() -> Response:
+    response = current_app.send_static_file("index.html")
+    response.headers["Content-Security-Policy"] = PAGE_POLICY
+    return response
+
+
+def healthz() -> dict[str, str]:
+    return {"status": "alive"}
+
+
+def readyz() -> dict[str, str]:
+    _gateway().check_ready()
+    return {"status": "ready"}
+
+
+def metrics() -> Response:
+    return Response(telemetry.exposition(), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def list_models() -> dict[str, Any]:
+    """Every model; those whose server has not answered yet are there with `ready` false."""
+    return {"models": [_info(model) for model in _gateway().models.values()]}
+
+
+def get_model(path: schemas.ModelPath) -> dict[str, Any]:
+    return schemas.describe(_gateway().model(path.name).manifest(g.deadline)).model_dump()
+
+
+def predict(query: schemas.PredictQuery) -> Response:
+    """One picture -> one prediction."""
+    model = _gateway().model(query.model)
+    if request.mimetype == "multipart/form-data":
+        if "image" not in request.files:
+            raise errors.BadRequest("the form has no file in the field 'image': curl -F image=@photo.jpg")
+        data = request.files["image"].read()
+    else:
+        data = request.get_data()
+    return _json(_predict(model, [data], query.top_k)[0])
+
+
+def predict_json(path: schemas.ModelPath, body: schemas.PredictRequest) -> Response:
+    """The form of TensorFlow Serving, KServe V1 and Vertex AI."""
+    gateway = _gateway()
+    model = gateway.model(path.name)
+    if len(body.instances) > (most := gateway.settings.max_instances):
+        raise errors.BadRequest(f"instances: {len(body.instances)} are too many for one request: send at most {most}")
+    pictures = []
+    for i, instance in enumerate(body.instances):
+        try:
+            pictures.append(base64.b64decode(instance.b64, validate=True))
+        except (binascii.Error, ValueError) as exc:
+            raise errors.BadRequest(f"instances[{i}].b64: is not base64 ({exc}): encode the file's bytes") from exc
+    predictions = _predict(model, pictures, body.parameters.top_k, "instances[{}].b64: ")
+    return _json(schemas.PredictResponse(predictions=predictions))
+
+
+def _predict(model: Model, pictures: list[bytes], top_k: int | None, where: str = "") -> list[schemas.Prediction]:
+    """Predictions for pictures, side by side; the first that fails fails the request and is named."""
+    gateway = _gateway()
+    if top_k and top_k > (most := len(model.manifest(g.deadline).classes)):
+        raise errors.BadRequest(f"top_k: {top_k} is more than the {most} classes of {model.name}: send 1 to {most}")
+    stages, deadline, request_id = g.stages, g.deadline, g.request_id
+
+    def ask(data: bytes) -> Any:
+        return model.predict(data, deadline, stages, request_id)
+
+    with telemetry.IN_FLIGHT.track_inprogress():
+        if len(pictures) == 1:
+            answers = [_named(where, 0, lambda: ask(pictures[0]))]
+        else:
+            running = [gateway.several.submit(ask, data) for data in pictures]
+            try:
+                answers = [_named(where, i, future.result) for i, future in enumerate(running)]
+            finally:
+                for future in running:
+                    future.cancel()
+    predictions = [schemas.decide(manifest, logits, top_k) for manifest, logits in answers]
+    for prediction in predictions:
+        telemetry.PREDICTIONS.labels(prediction.model, prediction.label).inc()
+    g.answer = {"model": model.name, "digest": predictions[0].digest, "labels": [p.label for p in predictions]}
+    return predictions
+
+
+def _named(where: str, i: int, get: Any) -> Any:
+    """What `get` gives; a Problem of the i-th picture says so."""
+    try:
+        return get()
+    except Problem as exc:
+        exc.detail = where.format(i) + exc.detail
+        raise
+
+
+def _info(model: Model) -> dict[str, Any]:
+    try:
+        return schemas.describe(model.manifest(g.deadline)).model_dump()
+    except Problem:
+        return schemas.ModelInfo(name=model.name, ready=False).model_dump(exclude_none=True)
+
+
+def _gateway() -> Gateway:
+    gateway: Gateway = current_app.extensions["gateway"]
+    return gateway
+
+
+def _json(answer: schemas.Prediction | schemas.PredictResponse) -> Response:
+    return Response(answer.model_dump_json(), content_type="application/json")
+
+
+def _begin() -> None:
+    g.started = time.perf_counter()
+    g.deadline = time.monotonic() + _gateway().settings.deadline_seconds
+    given = request.headers.get("X-Request-Id", "")
+    g.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    g.stages = telemetry.Stages()
+    if request.method == "POST":
+        g.stages.add("read", request.environ[body.READ_SECONDS])
+    if body.TOO_LARGE in request.environ:
+        most = _gateway().settings.max_bytes
+        raise errors.TooLarge(f"the body is larger than {most:,} bytes: send a smaller picture")
+    if body.CUT_OFF in request.environ:
+        raise errors.BadRequest("the body ended before the length that was announced: send it whole")
+
+
+def _finish(response: Response) -> Response:
+    response.headers["X-Request-Id"] = g.request_id
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    route = request.url_rule.rule if request.url_rule else "other"
+    telemetry.REQUESTS.labels(route, response.status_code).inc()
+    if route in ("/healthz", "/readyz", "/metrics") and response.status_code == 200:
+        return response
+    if request.method == "POST":
+        g.stages.add("request", time.perf_counter() - g.started)
+    fields = {
+        "request_id": g.request_id,
+        "method": request.method,
+        "path": request.path,
+        "status": response.status_code,
+        "bytes": request.content_length or 0,
+        "stages_ms": g.stages.milliseconds,
+        **g.get("answer", {}),
+        **({"problem": g.problem} if "problem" in g else {}),
+    }
+    telemetry.log.info("request", extra=fields)
+    return response
+
+
+def _problem(problem: Problem) -> Response:
+    g.problem = problem.detail
+    details = schemas.ProblemDetails(
+        type=problem.type, title=problem.title, status=problem.status, detail=problem.detail, request_id=g.request_id
+    )
+    response = Response(details.model_dump_json(), problem.status, content_type="application/problem+json")
+    if problem.retry_after is not None:
+        response.headers["Retry-After"] = str(problem.retry_after)
+    return response
+
+
+def _http(exc: HTTPException) -> Response | HTTPException:
+    """What Flask itself answers: no such path, wrong method, a form it cannot parse."""
+    if exc.code is None or exc.code < 400:
+        return exc
+    problem = Problem(f"{request.method} {request.path}: {exc.description}")
+    problem.status, problem.title = exc.code, exc.name
+    response = _problem(problem)
+    for key, value in exc.get_headers():
+        if key == "Allow":
+            response.headers[key] = value
+    return response
+
+
+def _unexpected(exc: Exception) -> Response:
+    telemetry.log.error("unexpected", exc_info=exc, extra={"request_id": g.request_id})
+    return _problem(Problem("an error of ours, logged under this request_id"))
+
+
+def _invalid(exc: ValidationError) -> Response:
+    """pydantic's complaints as one sentence that names each place and what would be right."""
+    parts = []
+    for error in exc.errors(include_url=False):
+        place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error["loc"]).lstrip(".")
+        got = repr(error["input"])
+        parts.append(f"{place or 'the body'}: {error['msg']}, not {got if len(got) <= 60 else got[:57] + '...'}")
+    return _problem(errors.BadRequest("; ".join(parts)))

@@ -1,0 +1,78 @@
+"""Everything that can go wrong, as RFC 9457 problem details: the one place where HTTP statuses are chosen."""
+
+from bundle import picture
+
+
+class Problem(Exception):
+    """An error that a caller sees. `detail` says what was wrong and what would be right."""
+
+    status = 500
+    title = "Internal error"
+    retry_after: int | None = None  # seconds
+
+    def __init__(self, detail: str, retry_after: int | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        if retry_after is not None:
+            self.retry_after = retry_after
+
+    @property
+    def type(self) -> str:
+        """A URI reference that names the kind of problem."""
+        return "/problems/" + self.title.lower().replace(" ", "-")
+
+
+class BadRequest(Problem):
+    status, title = 400, "Bad request"
+
+
+class UnknownModel(Problem):
+    status, title = 404, "Unknown model"
+
+
+class TooLarge(Problem):
+    status, title = 413, "Too large"
+
+
+class UnsupportedPicture(Problem):
+    status, title = 415, "Unsupported picture"
+
+
+class DamagedPicture(Problem):
+    status, title = 422, "Damaged picture"
+
+
+class BadAnswer(Problem):
+    """The model server answered something that no retry will mend."""
+
+    status, title = 502, "Model failed"
+
+
+class Unavailable(Problem):
+    """No model server, or none with a working model, right now."""
+
+    status, title, retry_after = 503, "Model unavailable", 2
+
+
+class ConnectionLost(Unavailable):
+    """The call did not reach the model server, or its answer did not arrive: worth one more try."""
+
+
+class Overloaded(Problem):
+    status, title, retry_after = 503, "Overloaded", 1
+
+
+class TimedOut(Problem):
+    status, title, retry_after = 504, "Timed out", 2
+
+
+PICTURE_ERRORS = {
+    picture.NotAPicture: UnsupportedPicture,
+    picture.BrokenPicture: DamagedPicture,
+    picture.TooManyPixels: TooLarge,
+}
+
+
+def of_picture(error: picture.PictureError, where: str = "") -> Problem:
+    """The problem for a picture that cannot be read; `where` names it among several."""
+    return PICTURE_ERRORS[type(error)](f"{where}{error}")

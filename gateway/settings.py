@@ -1,0 +1,52 @@
+"""The gateway's settings: one frozen dataclass, from the environment by these names in capitals."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from bundle.cpus import whole_cpus
+from bundle.picture import MAX_PIXELS
+
+
+_PARSE: dict[Any, Callable[[str], Any]] = {
+    str: str,
+    int: int,
+    float: float,
+    tuple[str, ...]: lambda text: tuple(name.strip() for name in text.split(",") if name.strip()),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    models: tuple[str, ...]  # names, comma separated; the first is the default
+    model_server: str = "dns:///127.0.0.1:7070"  # a gRPC target; every address behind it gets its share
+    host: str = "0.0.0.0"
+    port: int = 8080
+    processes: int = 0  # 0: one a CPU
+    threads: int = 64  # a process: calls wait for the model server, not for the CPU
+    in_flight: int = 48  # calls to the model server a process; more are refused at once
+    deadline_seconds: float = 5.0  # from a request's arrival to its answer
+    max_bytes: int = 32 << 20  # of a request body
+    max_pixels: int = MAX_PIXELS
+    max_instances: int = 32  # pictures in one request
+    grace_seconds: float = 25.0  # between SIGTERM and the end of unfinished requests
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
+        """Raises SystemExit naming the key, its value and the type that would be right."""
+        values: dict[str, object] = {}
+        for field in fields(cls):
+            key = field.name.upper()
+            if key in environ:
+                try:
+                    values[field.name] = _PARSE[field.type](environ[key])
+                except ValueError:
+                    raise SystemExit(f"{key}={environ[key]!r} is not of type {field.type}") from None
+        if not values.get("models"):
+            raise SystemExit("MODELS is not set: the names of the models to serve, separated by commas")
+        return cls(**values)  # type: ignore[arg-type]  # each parsed to its field's own type
+
+    @property
+    def worker_processes(self) -> int:
+        return self.processes or whole_cpus()

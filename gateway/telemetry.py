@@ -1,0 +1,71 @@
+"""One JSON line a request, and Prometheus metrics summed over the worker processes.
+
+Pictures are never logged, nor anything of their content but the answer's label.
+"""
+
+import logging
+import logging.config
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+from prometheus_client import REGISTRY as ONE_PROCESS
+
+LOGGING: dict[str, Any] = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {
+        "json": {
+            "()": "pythonjsonlogger.json.JsonFormatter",
+            "fmt": "%(asctime)s %(levelname)s %(name)s %(message)s",
+            "rename_fields": {"asctime": "time", "levelname": "level", "name": "logger"},
+            "datefmt": "%Y-%m-%dT%H:%M:%S%z",
+        }
+    },
+    "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "json"}},
+    "root": {"level": "INFO", "handlers": ["stdout"]},
+    "loggers": {"gunicorn.error": {"level": "INFO", "propagate": True, "handlers": []}},
+}
+log = logging.getLogger("gateway")
+
+REQUESTS = Counter("kennel_requests", "Requests answered", ["route", "status"])
+STAGES = Histogram(
+    "kennel_stage_seconds",
+    "Time of each stage of a prediction: read, decode, model, and the whole request",
+    ["stage"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2.5, 5),
+)
+PREDICTIONS = Counter("kennel_predictions", 'Predictions given, "unknown" among the labels', ["model", "label"])
+IN_FLIGHT = Gauge("kennel_in_flight", "Predictions being made right now", multiprocess_mode="livesum")
+RETRIES = Counter("kennel_retries", "Calls to the model server made a second time")
+
+
+class Stages:
+    """Where one request's time went, for its log line (in ms) and the histogram."""
+
+    def __init__(self) -> None:
+        self.milliseconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - started)
+
+    def add(self, name: str, seconds: float) -> None:
+        STAGES.labels(name).observe(seconds)
+        self.milliseconds[name] = round(self.milliseconds.get(name, 0) + 1000 * seconds, 2)
+
+
+def exposition() -> bytes:
+    """The text that Prometheus scrapes."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return generate_latest(ONE_PROCESS)
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
