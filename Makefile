@@ -15,7 +15,7 @@ TORCH ?= cpu
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes
-RUN_PARTS := gateway model-server training local
+RUN_PARTS := gateway model-server export local
 export PYTHONPATH := $(CURDIR)
 STARTED := $(shell date +%s)
 

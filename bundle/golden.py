@@ -25,8 +25,10 @@ def check(folder: Path, run: Run, classes: int, tolerance: float) -> None:
             pixels, expected = golden["pixels"], golden["logits"]
     except Exception as exc:  # a damaged zip raises whatever zipfile, zlib and numpy raise
         raise BundleError(f"{GOLDEN}: cannot be read ({exc})") from exc
-    if expected.shape != (len(pixels), classes) or not len(pixels):
-        raise BundleError(f"{GOLDEN}: has logits of shape {expected.shape} for {classes} classes")
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not len(pixels):
+        raise BundleError(f"{GOLDEN}: has pixels {pixels.dtype} {pixels.shape}, not uint8 [N, H, W, 3]")
+    if expected.dtype.kind != "f" or expected.shape != (len(pixels), classes):
+        raise BundleError(f"{GOLDEN}: has logits {expected.dtype} {expected.shape} for {classes} classes")
     for start in range(0, len(pixels), 4):  # in more than one batch: its size must not matter
         got = run(pixels[start : start + 4])
         if got.shape != expected[start : start + 4].shape:
@@ -43,7 +45,7 @@ def check(folder: Path, run: Run, classes: int, tolerance: float) -> None:
 def draw(count: int, height: int, width: int, seed: int = 0) -> Pixels:
     """Drawings by code, uint8 [count, height, width, 3]: waves, a disc and a bar in random colours."""
     random = np.random.default_rng(seed)
-    y, x = np.mgrid[0:1:complex(height), 0:1:complex(width)]
+    y, x = np.mgrid[0 : 1 : complex(height), 0 : 1 : complex(width)]
     pictures = np.empty((count, height, width, 3), np.uint8)
     for picture in pictures:
         colours = random.uniform(0, 255, (4, 3))

@@ -9,11 +9,10 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
+import math
 import re
 import shutil
 import tempfile
-import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import PIL
 from PIL import Image
 
 from bundle import picture
@@ -65,10 +65,13 @@ class Input:
 
     def check_pixels(self) -> picture.Pixels:
         """The check's pixels, uint8 [H, W, 3]. Raises BundleError where this decoder makes others."""
-        pixels = picture.load(base64.b64decode(self.check.jpeg), self.resize)
+        try:
+            pixels = picture.load(base64.b64decode(self.check.jpeg), self.resize)
+        except ValueError as exc:
+            raise BundleError(f"{MANIFEST}: input.check.jpeg: {exc}") from exc
         if sha256(pixels.tobytes()) != self.check.sha256:
             raise BundleError(
-                f"{MANIFEST}: input.check: this installation (Pillow {Image.__version__}) decodes or resizes "
+                f"{MANIFEST}: input.check: this installation (Pillow {PIL.__version__}) decodes or resizes "
                 "pictures differently than the one that made the bundle: install the Pillow it names in provenance"
             )
         return pixels
@@ -83,7 +86,7 @@ class Decision:
     top_k: int = 5
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0 or not 0 <= self.threshold <= 1 or self.top_k < 1:
+        if not 0 < self.temperature < math.inf or not 0 <= self.threshold <= 1 or self.top_k < 1:
             raise ValueError("temperature must be above 0, threshold 0 to 1, top_k at least 1")
 
 
@@ -104,8 +107,6 @@ class Manifest:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        if self.format != FORMAT:
-            raise ValueError(f"format {self.format} is not known here: this Kennel reads format {FORMAT}")
         if not NAME.fullmatch(self.name):
             raise ValueError(f"name {self.name!r} must be 1 to 63 of a-z, 0-9 and '-', as a DNS label")
         if not VERSION.fullmatch(self.version):
@@ -114,6 +115,8 @@ class Manifest:
             raise ValueError("classes must be at least two, all different")
         if any("/" in name or name == MANIFEST for name in self.files):
             raise ValueError("files are names in the bundle's own folder, without the manifest")
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError("tolerance must be a number, 0 or more")
 
     @cached_property
     def digest(self) -> str:
@@ -129,14 +132,17 @@ def parse(data: bytes) -> Manifest:
     """manifest.json's bytes -> Manifest. Raises BundleError with the key and the reason."""
     try:
         value = json.loads(data)
-        digest = value.pop("digest")
+        if not isinstance(value, dict):
+            raise TypeError(f"the file must be an object, not {type(value).__name__}")
+        if (found := value.get("format", FORMAT)) != FORMAT:  # before the keys, which it may have others of
+            raise ValueError(f"format {found} is not known here: this Kennel reads format {FORMAT}")
+        if (says := value.pop("digest", None)) is None:
+            raise ValueError("digest is missing")
         manifest: Manifest = _build(Manifest, value, "")
-    except KeyError as exc:
-        raise BundleError(f"{MANIFEST}: {exc} is missing") from exc
-    except (ValueError, TypeError, AttributeError) as exc:
+        if manifest.digest != says:
+            raise ValueError(f"was altered: its digest is {manifest.digest}, but it says {says}")
+    except (ValueError, TypeError, OverflowError, RecursionError) as exc:
         raise BundleError(f"{MANIFEST}: {exc}") from exc
-    if manifest.digest != digest:
-        raise BundleError(f"{MANIFEST}: was altered: its digest is {manifest.digest}, but it says {digest}")
     return manifest
 
 
@@ -144,13 +150,13 @@ def read(folder: Path) -> Manifest:
     """Read and verify a bundle. Raises BundleError with the file and the reason."""
     try:
         manifest = parse((folder / MANIFEST).read_bytes())
-    except FileNotFoundError as exc:
-        raise BundleError(f"{folder}: is no bundle, it has no {MANIFEST}") from exc
+    except OSError as exc:
+        raise BundleError(f"{folder}: is no bundle, its {MANIFEST} cannot be read ({exc.strerror})") from exc
     for name, expected in manifest.files.items():
         try:
             found = sha256((folder / name).read_bytes())
-        except OSError as exc:
-            raise BundleError(f"{name}: is missing or cannot be read ({exc.strerror})") from exc
+        except (OSError, ValueError) as exc:  # ValueError: a name that no file can have
+            raise BundleError(f"{name}: is missing or cannot be read ({exc})") from exc
         if found != expected:
             raise BundleError(f"{name}: was altered or cut off: its sha256 is {found}, the manifest says {expected}")
     return manifest
@@ -167,9 +173,11 @@ def write(folder: Path, make: Callable[[Path], Manifest]) -> Manifest:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         new, old = Path(scratch) / "new", Path(scratch) / "old"
         new.mkdir()
-        manifest = make(new)
+        made = make(new)
         files = {path.name: sha256(path.read_bytes()) for path in sorted(new.iterdir())}
-        manifest = dataclasses.replace(manifest, files=files)
+        # As it will be read, or the digest would differ: 1 for a float becomes 1.0, a tuple a list.
+        value = json.loads(json.dumps(dataclasses.asdict(made) | {"files": files}))
+        manifest: Manifest = _build(Manifest, value, "")
         (new / MANIFEST).write_bytes(manifest.to_json())
         if folder.exists():
             folder.rename(old)
@@ -200,7 +208,7 @@ def sha256(data: bytes) -> str:
 
 def _build(kind: Any, value: Any, where: str) -> Any:
     """JSON value -> the annotated type, exactly: every mismatch names its key."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{where or 'the file'} must be an object, not {type(value).__name__}")
         hints = typing.get_type_hints(kind)

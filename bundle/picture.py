@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Pixels = NDArray[np.uint8]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-# A 64-megapixel picture takes about 200 MB while it is decoded; phones make 12 to 50.
+# 64 megapixels take 10 MB to decode from a JPEG (190 if progressive), 250 MB from a PNG, up to 1 GB
+# where transparent or rotated (measured, 224x224 wanted); phones make 12 to 50 megapixels.
 MAX_PIXELS = 64_000_000
 
 # EXIF tag 0x0112 -> what brings the picture upright (CIPA DC-008, section 4.6.4 A).
@@ -75,7 +77,7 @@ def load(data: bytes, to: Resize, max_pixels: int = MAX_PIXELS) -> Pixels:
 
     Raises NotAPicture, BrokenPicture or TooManyPixels.
     """
-    return resize(decode(data, to, max_pixels), to)
+    return _resize(*_decode(data, to, max_pixels), to)
 
 
 def decode(data: bytes, to: Resize | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -83,8 +85,18 @@ def decode(data: bytes, to: Resize | None = None, max_pixels: int = MAX_PIXELS) 
 
     Raises NotAPicture, BrokenPicture or TooManyPixels.
     """
+    return _decode(data, to, max_pixels)[0]
+
+
+def resize(image: Image.Image, to: Resize) -> Pixels:
+    """RGB image of any size -> uint8 [to.height, to.width, 3]."""
+    return _resize(image, (0, 0, *image.size), to)
+
+
+def _decode(data: bytes, to: Resize | None, max_pixels: int) -> tuple[Image.Image, Box]:
+    """Upright RGB image and where in it the picture is: half of 375 pixels are 187.5 of 188."""
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
+        image: Image.Image = Image.open(BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:  # Pillow's own limits, above ours
         raise TooManyPixels(f"the picture has more than {max_pixels:,} pixels: send a smaller one") from exc
     except MemoryError:
@@ -98,42 +110,52 @@ def decode(data: bytes, to: Resize | None = None, max_pixels: int = MAX_PIXELS) 
             f"more than the limit of {max_pixels:,}: send a smaller one"
         )
     try:
+        format, drafted = image.format, None
         if to:
             # Orientation may yet swap the sides: large enough for both.
             scale = max(_scale(width, height, to), _scale(height, width, to))
-            image.draft("RGB", (max(1, round(width * scale)), max(1, round(height * scale))))
+            drafted = image.draft("RGB", (max(1, round(width * scale)), max(1, round(height * scale))))
         image.load()
-        return _rgb(_upright(image))
+        box_width, box_height = drafted[1][2:] if drafted else image.size
+        orientation = _orientation(image)
+        if orientation in _UPRIGHT:
+            image = image.transpose(_UPRIGHT[orientation])
+        if orientation >= 5:
+            box_width, box_height = box_height, box_width
+        # What was the top left corner is now at the right in 2, 3, 6, 7 and at the bottom in 3, 4, 7, 8.
+        left = image.width - box_width if orientation in (2, 3, 6, 7) else 0
+        top = image.height - box_height if orientation in (3, 4, 7, 8) else 0
+        return _rgb(image), (left, top, left + box_width, top + box_height)
     except MemoryError:
         raise
     except PictureError:
         raise
     except Exception as exc:  # likewise for damaged bodies
-        raise BrokenPicture(f"the {image.format} picture is cut off or damaged ({exc}): send the whole file") from exc
+        raise BrokenPicture(f"the {format} picture is cut off or damaged ({exc}): send the whole file") from exc
 
 
-def resize(image: Image.Image, to: Resize) -> Pixels:
-    """RGB image of any size -> uint8 [to.height, to.width, 3]."""
-    width, height = image.size
+def _resize(image: Image.Image, box: Box, to: Resize) -> Pixels:
+    left, top, right, bottom = box
+    width, height = right - left, bottom - top
     filter = Image.Resampling[to.filter.upper()]
     if to.rule == "crop":
         # Only what the crop keeps is computed: the box is the crop in the source's coordinates.
         scale = _scale(width, height, to)
         box_width, box_height = min(width, to.width / scale), min(height, to.height / scale)
-        left, top = (width - box_width) / 2, (height - box_height) / 2
-        box = (left, top, min(width, left + box_width), min(height, top + box_height))
+        left, top = left + (width - box_width) / 2, top + (height - box_height) / 2
+        box = (left, top, min(right, left + box_width), min(bottom, top + box_height))
         image = image.resize((to.width, to.height), filter, box)
     elif to.rule == "stretch":
-        image = image.resize((to.width, to.height), filter)
+        image = image.resize((to.width, to.height), filter, box)
     else:
         scale = _scale(width, height, to)
-        inner = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), filter)
+        inner = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), filter, box)
         image = Image.new("RGB", (to.width, to.height), (128, 128, 128))
         image.paste(inner, ((to.width - inner.width) // 2, (to.height - inner.height) // 2))
     return np.asarray(image)
 
 
-def _scale(width: int, height: int, to: Resize) -> float:
+def _scale(width: float, height: float, to: Resize) -> float:
     if to.rule == "crop":
         return to.shorter_side / min(width, height)
     if to.rule == "pad":
@@ -141,12 +163,12 @@ def _scale(width: int, height: int, to: Resize) -> float:
     return max(to.width / width, to.height / height)  # the side that shrinks least
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001 - damaged EXIF does not make a picture unreadable: browsers show it too
-        return image
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # damaged EXIF does not make a picture unreadable: browsers show it too
+        return 1
+    return orientation if isinstance(orientation, int) and orientation in _UPRIGHT else 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:

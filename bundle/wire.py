@@ -16,7 +16,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +50,7 @@ def request(pixels: Mapping[str, bytes], known: Iterable[str]) -> dict[str, byte
 
 def known(request: Mapping[str, bytes | bytearray]) -> frozenset[str]:
     """The digests whose manifest need not be sent."""
-    return frozenset(bytes(request.get(KNOWN, b"")).decode("ascii", "replace").split(","))
+    return frozenset(bytes(request.get(KNOWN, b"")).decode("ascii", "replace").split(",")) - {""}
 
 
 def has_pixels(request: Mapping[str, bytes | bytearray]) -> bool:
@@ -59,7 +59,7 @@ def has_pixels(request: Mapping[str, bytes | bytearray]) -> bool:
 
 def pack(answer: Answer) -> bytes:
     logits = b"" if answer.logits is None else np.ascontiguousarray(answer.logits, "<f4").tobytes()
-    header = {"status": answer.status, "digest": answer.digest, "logits": len(logits)}
+    header = {"status": answer.status, "digest": answer.digest, "logits": len(logits), "manifest": len(answer.manifest)}
     if answer.error:
         header["error"] = answer.error
     head = json.dumps(header).encode()
@@ -72,10 +72,13 @@ def unpack(frame: bytes) -> Answer:
         (length,) = _LENGTH.unpack_from(frame)
         start = _LENGTH.size + length
         header = json.loads(frame[_LENGTH.size : start])
-        status, digest, size = header["status"], header["digest"], header["logits"]
-        if status not in Status.__args__ or size % 4 or start + size > len(frame):
-            raise ValueError(f"status {status!r}, {size} bytes of logits in {len(frame)}")
+        status, digest, error = header["status"], header["digest"], header.get("error", "")
+        size, rest = header["logits"], header["manifest"]
+        if status not in get_args(Status) or not isinstance(digest, str) or not isinstance(error, str):
+            raise ValueError(f"status {status!r}, digest {digest!r}, error {error!r}")
+        if size < 0 or size % 4 or rest < 0 or start + size + rest != len(frame):
+            raise ValueError(f"{start} + {size} bytes of logits + {rest} of manifest are not {len(frame)}")
         logits = np.frombuffer(frame, "<f4", size // 4, start) if status == "ok" else None
-        return Answer(status, digest, logits, frame[start + size :], header.get("error", ""))
-    except (struct.error, ValueError, KeyError, TypeError) as exc:
+        return Answer(status, digest, logits, frame[start + size :], error)
+    except (struct.error, ValueError, KeyError, TypeError, RecursionError) as exc:
         raise FrameError(f"the model server's answer of {len(frame)} bytes is not a frame: {exc}") from exc

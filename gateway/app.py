@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException
 
 from bundle.cpus import whole_cpus
-from gateway import body, errors, schemas, telemetry
+from gateway import errors, schemas, telemetry
+from gateway.body import CUT_OFF, READ_SECONDS, TOO_LARGE, Body
 from gateway.client import Client
 from gateway.errors import Problem
 from gateway.models import Model
@@ -34,7 +35,7 @@ PAGE_POLICY = (
 
 
 class Request(flask.Request):
-    def _get_file_stream(self, *_: Any, **__: Any) -> BytesIO:  # type: ignore[override]
+    def _get_file_stream(self, *_: Any, **__: Any) -> BytesIO:
         """Uploads stay in memory: werkzeug would write those over 500 kB to a file."""
         return BytesIO()
 
@@ -81,7 +82,10 @@ class Gateway:
 
 def create_app(settings: Settings, ready_file: Path | None = None) -> OpenAPI:
     """A fresh app. ready_file: where worker processes tell each other that the gateway became ready."""
-    problems = {status: schemas.ProblemDetails for status in (400, 404, 413, 415, 422, 502, 503, 504)}
+    body = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
+    problems: dict[str | int, Any] = {
+        kind.status: {"description": kind.title, "content": body} for kind in Problem.__subclasses__()
+    }
     app = OpenAPI(
         __name__,
         info=Info(title="Kennel", version="1", description="Pictures in, named answers out."),
@@ -93,7 +97,7 @@ def create_app(settings: Settings, ready_file: Path | None = None) -> OpenAPI:
     )
     app.request_class = Request
     app.json.sort_keys = False  # type: ignore[attr-defined]  # answers read in the order they are written
-    app.wsgi_app = body.Body(app.wsgi_app, settings.max_bytes)  # type: ignore[method-assign]
+    app.wsgi_app = Body(app.wsgi_app, settings.max_bytes)  # type: ignore[method-assign]
     app.extensions["gateway"] = Gateway(settings, ready_file)
     app.before_request(_begin)
     app.after_request(_finish)
@@ -104,7 +108,7 @@ def create_app(settings: Settings, ready_file: Path | None = None) -> OpenAPI:
     app.get("/", doc_ui=False)(index)
     app.get("/openapi.json", doc_ui=False)(lambda: app.api_doc)
     app.get("/healthz", summary="Alive")(healthz)
-    app.get("/readyz", summary="Every model has answered", responses={503: schemas.ProblemDetails})(readyz)
+    app.get("/readyz", summary="Every model has answered", responses={503: problems[503]})(readyz)
     app.get("/metrics", summary="For Prometheus")(metrics)
     app.get("/v1/models", summary="The models served", responses={200: schemas.ModelList})(list_models)
     app.get("/v1/models/<name>", summary="One model", responses={200: schemas.ModelInfo, **problems})(get_model)
@@ -112,10 +116,10 @@ def create_app(settings: Settings, ready_file: Path | None = None) -> OpenAPI:
         "/predict",
         summary="One picture: multipart field `image`, or the file as the body",
         responses={200: schemas.Prediction, **problems},
-        openapi_extensions={"x-raw-body": "the picture file itself, any content type but form data"},
+        openapi_extensions={"requestBody": schemas.PICTURE_BODY},
     )(predict)
     app.post(
-        "/v1/models/<name>:predict",
+        "/v1/models/<string:name>:predict",
         summary="Several pictures as JSON",
         responses={200: schemas.PredictResponse, **problems},
     )(predict_json)
@@ -237,11 +241,11 @@ def _begin() -> None:
     g.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
     g.stages = telemetry.Stages()
     if request.method == "POST":
-        g.stages.add("read", request.environ[body.READ_SECONDS])
-    if body.TOO_LARGE in request.environ:
+        g.stages.add("read", request.environ[READ_SECONDS])
+    if TOO_LARGE in request.environ:
         most = _gateway().settings.max_bytes
         raise errors.TooLarge(f"the body is larger than {most:,} bytes: send a smaller picture")
-    if body.CUT_OFF in request.environ:
+    if CUT_OFF in request.environ:
         raise errors.BadRequest("the body ended before the length that was announced: send it whole")
 
 

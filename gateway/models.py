@@ -92,15 +92,15 @@ class Model:
         if answer.status == "error":
             raise errors.BadAnswer(f"{self.name} failed on this picture: {answer.error}")
         if answer.logits is not None and len(answer.logits) != len(manifest.classes):
-            raise errors.BadAnswer(
-                f"{self.name}: {len(answer.logits)} logits came for {len(manifest.classes)} classes"
-            )
+            raise errors.BadAnswer(f"{self.name}: {len(answer.logits)} logits came for {len(manifest.classes)} classes")
         return manifest, answer
 
     def _learn(self, answer: wire.Answer) -> Manifest:
         manifest = parse(answer.manifest)
         if manifest.digest != answer.digest or manifest.name != self.name:
-            raise BundleError(f"an answer of {answer.digest} came with the manifest of {manifest.name} {manifest.digest}")
+            raise BundleError(
+                f"an answer of {answer.digest} came with the manifest of {manifest.name} {manifest.digest}"
+            )
         manifest.input.check_pixels()  # this decoder gives the pixels that the model was trained on
         with self._lock:
             self._manifests[manifest.digest] = manifest

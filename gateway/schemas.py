@@ -3,7 +3,6 @@
 from typing import Annotated, Any
 
 import numpy as np
-from flask_openapi3 import FileStorage
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -29,8 +28,18 @@ class PredictQuery(BaseModel):
     top_k: TopK | None = None
 
 
-class PredictForm(BaseModel):
-    image: FileStorage = Field(description="The picture: JPEG, PNG, WebP, GIF, BMP or TIFF.")
+PICTURE_BODY = {
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "properties": {"image": {"type": "string", "format": "binary"}},
+                "required": ["image"],
+            }
+        },
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+    }
+}
 
 
 class Instance(Strict):

@@ -8,7 +8,6 @@ from typing import Any
 from bundle.cpus import whole_cpus
 from bundle.picture import MAX_PIXELS
 
-
 _PARSE: dict[Any, Callable[[str], Any]] = {
     str: str,
     int: int,

@@ -5,6 +5,7 @@ import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import requests
 from tqdm import tqdm
@@ -75,13 +76,13 @@ def folder(folder: Path, url: str, model: str | None) -> None:
     print(f"{target}: {len(photos)} pictures, {len(done)} of them from before")
 
 
-def ask(session: requests.Session, photo: Path, url: str, model: str | None) -> dict[str, object]:
+def ask(session: requests.Session, photo: Path, url: str, model: str | None) -> dict[str, Any]:
     """The gateway's answer, or its problem where the picture is to blame. Raises NoGateway."""
     try:
         response = session.post(
             f"{url}/predict", params={"model": model} if model else {}, data=photo.read_bytes(), timeout=30
         )
-        answer: dict[str, object] = response.json()
+        answer: dict[str, Any] = response.json()
     except (requests.RequestException, ValueError) as exc:
         raise NoGateway(f"no gateway answers at {url}: start one with `make run` in another terminal ({exc})") from exc
     if response.status_code >= 500 or response.status_code == 404:

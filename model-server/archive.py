@@ -1,6 +1,6 @@
 """Bundle -> .mar in a model store, with torch-model-archiver.
 
-    python model-server/archive.py BUNDLE [BUNDLE...] --store FOLDER
+python model-server/archive.py BUNDLE [BUNDLE...] --store FOLDER
 """
 
 import argparse

@@ -8,6 +8,7 @@ is noticed within half a second and its server ended and begun anew: TorchServe 
 without an answer until it gives up, while ending it tells every caller at once.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -127,10 +128,8 @@ class Server:
 
     def kill(self) -> None:
         """SIGKILL to the JVM and every worker of it."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
 

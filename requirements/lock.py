@@ -31,7 +31,7 @@ def compile_groups(groups: list[str], constraint: Path | None = None) -> dict[st
     command += ["--generate-hashes", "--no-header", "--no-annotate", "--quiet"]
     command += [word for group in groups for word in ("--group", group)]
     command += ["--constraint", str(constraint)] if constraint else []
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     entries = re.findall(r"^(\S.*?)((?: \\\n    --hash=\S+)+)$", text, re.MULTILINE)
     return {head: head + hashes for head, hashes in entries if not OTHER_PYTHON.search(head)}
 

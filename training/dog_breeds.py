@@ -70,7 +70,9 @@ def model(variant: int) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the bundle goes")
-    parser.add_argument("--lite", type=int, default=0, choices=efficientnet_lite.VARIANTS, help="which EfficientNet-Lite")
+    parser.add_argument(
+        "--lite", type=int, default=0, choices=efficientnet_lite.VARIANTS, help="which EfficientNet-Lite"
+    )
     args = parser.parse_args()
     variant = efficientnet_lite.VARIANTS[args.lite]
     # Shorter side 8/7 of the crop, as ImageNet models are evaluated: 256 for 224.

@@ -71,8 +71,7 @@ def export(
             name=name,
             version=version,
             classes=tuple(classes),
-            # Larger than twice the target, so that the check covers scaling while decoding.
-            input=Input.drawn(resize, golden.draw(1, *(2 * (resize.shorter_side or max(resize.height, resize.width)) + d for d in (90, 140)), seed=7)[0]),
+            input=_input(resize),
             licence=licence,
             decision=decision or Decision(),
             metrics=metrics or {},
@@ -88,6 +87,12 @@ def onnx_runner(path: Path, threads: int = 1) -> golden.Run:
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda pixels: session.run(None, {"pixels": pixels})[0]
+
+
+def _input(resize: Resize) -> Input:
+    # Larger than twice the target, so that the check covers scaling while decoding.
+    side = 2 * (resize.shorter_side or max(resize.height, resize.width))
+    return Input.drawn(resize, golden.draw(1, side + 90, side + 140, seed=7)[0])
 
 
 def _export_files(module: nn.Module, folder: Path, resize: Resize) -> None:
@@ -124,11 +129,10 @@ def _check_parity(module: nn.Module, folder: Path, pixels: Pixels) -> None:
 
 def _here() -> dict[str, Any]:
     """What made it: commit, versions, machine."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     return {
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,

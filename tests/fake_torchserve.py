@@ -1,0 +1,41 @@
+"""A stand-in for TorchServe that speaks its gRPC method, with the real handler inside."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import handler
+
+from gateway.client import METHOD, Request, Response
+
+
+class FakeTorchServe:
+    """Answers Predictions on a free port; `fail` makes the next calls end with these (code, details)."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, handler.Model] = {}
+        self.fail: list[tuple[grpc.StatusCode, str]] = []
+        self.calls: list[dict[str, bytes]] = []
+        self.metadata: list[dict[str, str]] = []
+        self.hold = threading.Event()
+        self.hold.set()
+        self.server = grpc.server(ThreadPoolExecutor(64))
+        service, method = METHOD[1:].split("/")
+        rpc = grpc.unary_unary_rpc_method_handler(self._predictions, Request.FromString, Response.SerializeToString)
+        self.server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: rpc})])
+        self.target = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        self.server.start()
+
+    def _predictions(self, request, context):
+        self.calls.append(dict(request.input))
+        self.metadata.append(dict(context.invocation_metadata()))
+        if self.fail:
+            context.abort(*self.fail.pop(0))
+        deadline = time.monotonic() + 10
+        while not self.hold.wait(0.01) and context.is_active() and time.monotonic() < deadline:
+            pass
+        if request.model_name not in self.models:
+            context.abort(grpc.StatusCode.INTERNAL, f"Model not found: {request.model_name}")
+        (frame,) = self.models[request.model_name].answer([dict(request.input)])
+        return Response(prediction=frame)

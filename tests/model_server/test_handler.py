@@ -1,0 +1,142 @@
+"""The handler without TorchServe: what it answers, and what it refuses to load."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import handler
+import numpy as np
+import pytest
+from tiny import model, tiny_bundle
+
+from bundle import golden, manifest, wire
+from bundle.manifest import BundleError
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundle") / "tiny"
+    tiny_bundle(folder)
+    return handler.Model(folder)
+
+
+def pixels(loaded, seed=0):
+    return golden.draw(1, *loaded.shape[:2], seed=seed)[0].tobytes()
+
+
+def request(loaded, data, known=()):
+    return {key: bytearray(value) for key, value in wire.request({loaded.manifest.input.contract: data}, known).items()}
+
+
+def test_a_batch_is_answered_in_order_with_the_logits_of_each_picture(loaded):
+    pictures = golden.draw(5, *loaded.shape[:2])
+    answers = [wire.unpack(frame) for frame in loaded.answer([request(loaded, p.tobytes()) for p in pictures])]
+    assert [answer.status for answer in answers] == ["ok"] * 5
+    np.testing.assert_array_equal([answer.logits for answer in answers], loaded.run(pictures))
+
+
+def test_the_manifest_comes_only_where_it_is_not_known(loaded):
+    digest = loaded.manifest.digest
+    unknown, known, other = loaded.answer(
+        [
+            request(loaded, pixels(loaded)),
+            request(loaded, pixels(loaded), [digest]),
+            request(loaded, pixels(loaded), ["x"]),
+        ]
+    )
+    assert manifest.parse(wire.unpack(unknown).manifest) == loaded.manifest
+    assert wire.unpack(known).manifest == b""
+    assert wire.unpack(other).manifest != b""
+
+
+def test_without_pixels_the_manifest_alone_is_answered(loaded):
+    (frame,) = loaded.answer([wire.request({}, [])])
+    answer = wire.unpack(frame)
+    assert (answer.status, answer.digest, answer.logits) == ("manifest", loaded.manifest.digest, None)
+    assert manifest.parse(answer.manifest) == loaded.manifest
+
+
+def test_pixels_of_another_contract_are_never_guessed_at(loaded):
+    (frame,) = loaded.answer([wire.request({"another": pixels(loaded)}, [])])
+    assert wire.unpack(frame).status == "mismatch"
+
+
+def test_of_several_entries_it_takes_its_own(loaded):
+    entries = wire.request({"another": b"xyz", loaded.manifest.input.contract: pixels(loaded)}, [])
+    (frame,) = loaded.answer([entries])
+    assert wire.unpack(frame).status == "ok"
+
+
+def test_a_poisoned_item_fails_alone(loaded):
+    """Wrong length, and pixels that the runtime chokes on: the neighbours get their own answers."""
+    good = request(loaded, pixels(loaded))
+    frames = loaded.answer([good, request(loaded, b"short"), {}, good])
+    assert [wire.unpack(frame).status for frame in frames] == ["ok", "error", "manifest", "ok"]
+    assert "5 bytes of pixels, not 3072" in wire.unpack(frames[1]).error
+
+
+def test_where_the_batch_fails_its_items_run_one_by_one(loaded, monkeypatch):
+    run, poison = loaded.run, np.frombuffer(pixels(loaded, seed=5), np.uint8).reshape(1, *loaded.shape)
+
+    def choke(batch):
+        if (batch == poison).all(axis=(1, 2, 3)).any():
+            raise RuntimeError("boom")
+        return run(batch)
+
+    monkeypatch.setattr(loaded, "run", choke)
+    frames = loaded.answer([request(loaded, pixels(loaded, seed)) for seed in (1, 5, 2)])
+    assert [wire.unpack(frame).status for frame in frames] == ["ok", "error", "ok"]
+    assert "boom" in wire.unpack(frames[1]).error
+
+
+def test_logits_that_are_not_finite_are_an_error_of_their_item(loaded, monkeypatch):
+    monkeypatch.setattr(loaded, "run", lambda batch: np.array([[1, 2, 3], [np.nan, 0, 0]], np.float32))
+    frames = loaded.answer([request(loaded, pixels(loaded))] * 2)
+    assert [wire.unpack(frame).status for frame in frames] == ["ok", "error"]
+
+
+def damage_golden(folder: Path) -> str:
+    data = bytearray((folder / "golden.npz").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "golden.npz").write_bytes(data)
+    return "golden.npz: was altered"
+
+
+def shorten_classes(folder: Path) -> str:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"red",', "", 1))
+    return "manifest.json: was altered"
+
+
+def truncate_onnx(folder: Path) -> str:
+    data = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(data[: len(data) // 2])
+    return "model.onnx: was altered or cut off"
+
+
+def other_weights(folder: Path) -> str:
+    """Everything else intact: digests made anew, so that only the golden pictures can tell."""
+    old = manifest.read(folder)
+    model(folder / "model.onnx", 32, gain=0.0501)
+    files = {**old.files, "model.onnx": manifest.sha256((folder / "model.onnx").read_bytes())}
+    fields = {name: getattr(old, name) for name in old.__dataclass_fields__}
+    (folder / "manifest.json").write_bytes(manifest.Manifest(**{**fields, "files": files}).to_json())
+    return "the model does not give the answers recorded in golden.npz"
+
+
+DAMAGES = [damage_golden, shorten_classes, truncate_onnx, other_weights]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_bundle_is_refused_with_the_file_and_the_reason(damage, tmp_path, capfd, monkeypatch):
+    tiny_bundle(tmp_path / "tiny")
+    expected = damage(tmp_path / "tiny")
+    with pytest.raises(BundleError, match=expected):
+        handler.Model(tmp_path / "tiny")
+    context = SimpleNamespace(
+        system_properties={"model_dir": str(tmp_path / "tiny"), "gpu_id": None},
+        manifest={"model": {"modelName": "tiny"}},
+    )
+    monkeypatch.setattr(handler, "_model", None)
+    with pytest.raises(RuntimeError):
+        handler.handle(None, context)
+    assert f"tiny: refused: {expected}" in capfd.readouterr().err

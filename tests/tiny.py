@@ -1,0 +1,64 @@
+"""Tiny bundles for tests, made without torch: the class whose colour the picture has wins."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from PIL import Image
+
+from bundle import golden, manifest
+from bundle.picture import Resize
+
+COLOURS = {"red": (230, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 230)}
+
+
+def tiny_bundle(
+    folder: Path, classes: Sequence[str] = tuple(COLOURS), *, name: str = "tiny", version: str = "1", size: int = 32
+) -> manifest.Manifest:
+    """A bundle whose three classes stand for red, green and blue pictures, in this order."""
+
+    def make(new: Path) -> manifest.Manifest:
+        model(new / "model.onnx", size)
+        session = onnxruntime.InferenceSession(new / "model.onnx", providers=["CPUExecutionProvider"])
+        golden.record(new, golden.draw(6, size, size), lambda pixels: session.run(None, {"pixels": pixels})[0])
+        resize = Resize(size, size, "crop", size + 8)
+        return manifest.Manifest(
+            name=name,
+            version=version,
+            classes=tuple(classes),
+            input=manifest.Input.drawn(resize, golden.draw(1, 3 * size, 4 * size, seed=7)[0]),
+            licence="CC0-1.0",
+            decision=manifest.Decision(threshold=0.5, top_k=2),
+        )
+
+    return manifest.write(folder, make)
+
+
+def model(path: Path, size: int, gain: float = 0.05) -> None:
+    """uint8 [N, size, size, 3] -> gain times the mean red, green and blue, float32 [N, 3]."""
+    node, tensor = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [
+            node("Cast", ["pixels"], ["float"], to=onnx.TensorProto.FLOAT),
+            node("ReduceMean", ["float", "axes"], ["mean"], keepdims=0),
+            node("Mul", ["mean", "gain"], ["logits"]),
+        ],
+        "tiny",
+        [tensor("pixels", onnx.TensorProto.UINT8, ["n", size, size, 3])],
+        [tensor("logits", onnx.TensorProto.FLOAT, ["n", 3])],
+        [
+            onnx.numpy_helper.from_array(np.array([1, 2], np.int64), "axes"),
+            onnx.numpy_helper.from_array(np.array([gain], np.float32), "gain"),
+        ],
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path)
+
+
+def picture(colour: str, width: int = 60, height: int = 48, format: str = "PNG") -> bytes:
+    """A picture file of one colour."""
+    file = BytesIO()
+    Image.new("RGB", (width, height), COLOURS[colour]).save(file, format)
+    return file.getvalue()
