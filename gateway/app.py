@@ -52,7 +52,7 @@ class Gateway:
 
     def __init__(self, settings: Settings, ready_file: Path | None) -> None:
         self.settings = settings
-        client = Client(settings.model_server, settings.in_flight, telemetry.RETRIES.inc)
+        client = Client(settings.model_server, settings.in_flight, settings.model_seconds, telemetry.RETRIES.inc)
         decoding = threading.Semaphore(whole_cpus())
         self.models = {name: Model(name, client, decoding, settings.max_pixels) for name in settings.models}
         self.several = ThreadPoolExecutor(min(8, settings.in_flight), "instances")

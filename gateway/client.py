@@ -92,8 +92,11 @@ class RetryBudget:
 class Client:
     """Calls one model server address, which may stand for many servers."""
 
-    def __init__(self, target: str, in_flight: int, on_retry: Callable[[], None] = lambda: None) -> None:
-        self._target, self._on_retry = target, on_retry
+    def __init__(
+        self, target: str, in_flight: int, seconds: float = 1.5, on_retry: Callable[[], None] = lambda: None
+    ) -> None:
+        """in_flight: calls at a time; seconds: that one may take, its caller's deadline permitting."""
+        self._target, self._seconds, self._on_retry = target, seconds, on_retry
         self._free = threading.BoundedSemaphore(in_flight)
         self._budget = RetryBudget()
         self._lock = threading.Lock()
@@ -121,9 +124,9 @@ class Client:
             self._free.release()
 
     def _once(self, request: Any, deadline: float, request_id: str) -> bytes:
-        remaining = deadline - time.monotonic()
+        remaining = min(self._seconds, deadline - time.monotonic())
         if remaining <= 0:
-            raise TimedOut("the model did not answer within the deadline: try again later")
+            raise TimedOut(_SLOW)
         try:
             response = self._connected()(request, timeout=remaining, metadata=(("x-request-id", request_id),))
         except grpc.RpcError as exc:
@@ -150,13 +153,12 @@ _MESSAGES: list[tuple[str, Callable[[str], Problem]]] = [
     ("InternalServerException", lambda text: BadAnswer(f"the model server failed: {text}")),
 ]
 
+_SLOW = "the model did not answer in time: try again soon"
 _LOST = "the model server cannot be reached: try again soon"
 _CODES: dict[grpc.StatusCode, Callable[[str], Problem]] = {
     grpc.StatusCode.UNAVAILABLE: lambda _: ConnectionLost(_LOST),
     grpc.StatusCode.CANCELLED: lambda _: Unavailable(_LOST),  # by a server that ends
-    grpc.StatusCode.DEADLINE_EXCEEDED: lambda _: TimedOut(
-        "the model did not answer within the deadline: try again later"
-    ),
+    grpc.StatusCode.DEADLINE_EXCEEDED: lambda _: TimedOut(_SLOW),
     grpc.StatusCode.RESOURCE_EXHAUSTED: lambda text: (
         BadAnswer(f"the model server refuses the size of a message: {text}")
         if "larger than max" in text or "exceeds maximum" in text

@@ -62,8 +62,10 @@ class Overloaded(Problem):
     status, title, retry_after = 503, "Overloaded", 1
 
 
-class TimedOut(Problem):
-    status, title, retry_after = 504, "Timed out", 2
+class TimedOut(Unavailable):
+    """The model is there but too slow, or its server holds calls back while it starts."""
+
+    title = "Timed out"
 
 
 PICTURE_ERRORS = {

@@ -26,6 +26,9 @@ class Settings:
     threads: int = 64  # a process: calls wait for the model server, not for the CPU
     in_flight: int = 48  # calls to the model server a process; more are refused at once
     deadline_seconds: float = 5.0  # from a request's arrival to its answer
+    # One call to the model server, waiting there included. TorchServe queues calls without a word while
+    # its workers load; who waits longer than this is told to come back. As the model server's.
+    model_seconds: float = 1.5
     max_bytes: int = 32 << 20  # of a request body
     max_pixels: int = MAX_PIXELS
     max_instances: int = 32  # pictures in one request

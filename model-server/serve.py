@@ -131,6 +131,10 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        # As a container's first process this one inherits the workers, and must take leave of them.
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
 
 def configuration(settings: Settings, models: Mapping[str, str]) -> str:

@@ -62,3 +62,38 @@ def picture(colour: str, width: int = 60, height: int = 48, format: str = "PNG")
     file = BytesIO()
     Image.new("RGB", (width, height), COLOURS[colour]).save(file, format)
     return file.getvalue()
+
+
+# What may happen to a tiny bundle: each damages the folder and returns what the refusal must say.
+
+
+def damage_golden(folder: Path) -> str:
+    data = bytearray((folder / "golden.npz").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "golden.npz").write_bytes(data)
+    return "golden.npz: was altered"
+
+
+def shorten_classes(folder: Path) -> str:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"red",', "", 1))
+    return "manifest.json: was altered"
+
+
+def truncate_onnx(folder: Path) -> str:
+    data = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(data[: len(data) // 2])
+    return "model.onnx: was altered or cut off"
+
+
+def other_weights(folder: Path) -> str:
+    """Everything else intact: digests made anew, so that only the golden pictures can tell."""
+    old = manifest.read(folder)
+    model(folder / "model.onnx", 32, gain=0.0501)
+    files = {**old.files, "model.onnx": manifest.sha256((folder / "model.onnx").read_bytes())}
+    fields = {name: getattr(old, name) for name in old.__dataclass_fields__}
+    (folder / "manifest.json").write_bytes(manifest.Manifest(**{**fields, "files": files}).to_json())
+    return "the model does not give the answers recorded in golden.npz"
+
+
+DAMAGES = [damage_golden, shorten_classes, truncate_onnx, other_weights]

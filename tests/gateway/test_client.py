@@ -30,7 +30,7 @@ EXPECTED = {
     grpc.StatusCode.CANCELLED: (errors.Unavailable, 503),
     grpc.StatusCode.UNKNOWN: (errors.BadAnswer, 502),
     grpc.StatusCode.INVALID_ARGUMENT: (errors.BadAnswer, 502),
-    grpc.StatusCode.DEADLINE_EXCEEDED: (errors.TimedOut, 504),
+    grpc.StatusCode.DEADLINE_EXCEEDED: (errors.TimedOut, 503),
     grpc.StatusCode.NOT_FOUND: (errors.BadAnswer, 502),
     grpc.StatusCode.ALREADY_EXISTS: (errors.BadAnswer, 502),
     grpc.StatusCode.PERMISSION_DENIED: (errors.BadAnswer, 502),
@@ -50,7 +50,7 @@ EXPECTED = {
 def test_every_status_code_has_an_error_of_ours(code):
     found = problem(code, "some words")
     assert (type(found), found.status) == EXPECTED[code]
-    assert (found.retry_after is not None) == (found.status in (503, 504))
+    assert (found.retry_after is not None) == (found.status == 503)
 
 
 # As TorchServe 0.12 words them.
@@ -83,7 +83,7 @@ def test_a_lost_connection_is_tried_once_more(torchserve, tiny):
     torchserve.models["tiny"] = tiny["1"]
     torchserve.fail = [(grpc.StatusCode.UNAVAILABLE, "connection reset")]
     retries = []
-    assert Client(torchserve.target, 1, lambda: retries.append(1)).predictions("tiny", {}, soon())
+    assert Client(torchserve.target, 1, on_retry=lambda: retries.append(1)).predictions("tiny", {}, soon())
     assert (len(torchserve.calls), len(retries)) == (2, 1)
 
 
@@ -129,11 +129,12 @@ def test_nobody_there_is_told_at_once():
     assert time.monotonic() - started < 1
 
 
-def test_the_deadline_ends_a_call_that_hangs(torchserve):
+@pytest.mark.parametrize(("seconds", "deadline"), [(0.3, 5), (5, 0.3)])
+def test_a_call_that_hangs_is_ended(torchserve, seconds, deadline):
     torchserve.hold.clear()
     started = time.monotonic()
     with pytest.raises(errors.TimedOut):
-        Client(torchserve.target, 1).predictions("tiny", {}, soon(0.3))
+        Client(torchserve.target, 1, seconds).predictions("tiny", {}, soon(deadline))
     assert 0.25 < time.monotonic() - started < 1
 
 

@@ -1,12 +1,11 @@
 """The handler without TorchServe: what it answers, and what it refuses to load."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import handler
 import numpy as np
 import pytest
-from tiny import model, tiny_bundle
+from tiny import DAMAGES, tiny_bundle
 
 from bundle import golden, manifest, wire
 from bundle.manifest import BundleError
@@ -92,38 +91,6 @@ def test_logits_that_are_not_finite_are_an_error_of_their_item(loaded, monkeypat
     monkeypatch.setattr(loaded, "run", lambda batch: np.array([[1, 2, 3], [np.nan, 0, 0]], np.float32))
     frames = loaded.answer([request(loaded, pixels(loaded))] * 2)
     assert [wire.unpack(frame).status for frame in frames] == ["ok", "error"]
-
-
-def damage_golden(folder: Path) -> str:
-    data = bytearray((folder / "golden.npz").read_bytes())
-    data[len(data) // 2] ^= 1
-    (folder / "golden.npz").write_bytes(data)
-    return "golden.npz: was altered"
-
-
-def shorten_classes(folder: Path) -> str:
-    text = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(text.replace('"red",', "", 1))
-    return "manifest.json: was altered"
-
-
-def truncate_onnx(folder: Path) -> str:
-    data = (folder / "model.onnx").read_bytes()
-    (folder / "model.onnx").write_bytes(data[: len(data) // 2])
-    return "model.onnx: was altered or cut off"
-
-
-def other_weights(folder: Path) -> str:
-    """Everything else intact: digests made anew, so that only the golden pictures can tell."""
-    old = manifest.read(folder)
-    model(folder / "model.onnx", 32, gain=0.0501)
-    files = {**old.files, "model.onnx": manifest.sha256((folder / "model.onnx").read_bytes())}
-    fields = {name: getattr(old, name) for name in old.__dataclass_fields__}
-    (folder / "manifest.json").write_bytes(manifest.Manifest(**{**fields, "files": files}).to_json())
-    return "the model does not give the answers recorded in golden.npz"
-
-
-DAMAGES = [damage_golden, shorten_classes, truncate_onnx, other_weights]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
