@@ -72,6 +72,10 @@ endif
 	@$(PY) -c 'import torch' 2>/dev/null || $(PIP) -r requirements/cuda.txt
 	@touch $@
 
-$(VENV)/dev: $(VENV)/run requirements/dev.txt
+$(VENV)/train: $(VENV)/run requirements/training.txt
+	@$(PIP) -r requirements/training.txt
+	@touch $@
+
+$(VENV)/dev: $(VENV)/train requirements/dev.txt
 	@$(PIP) -r requirements/dev.txt
 	@touch $@

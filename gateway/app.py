@@ -151,7 +151,7 @@ def list_models() -> dict[str, Any]:
 
 
 def get_model(path: schemas.ModelPath) -> dict[str, Any]:
-    return schemas.describe(_gateway().model(path.name).manifest(g.deadline)).model_dump()
+    return schemas.describe(_gateway().model(path.name).current(g.deadline)).model_dump()
 
 
 def predict(query: schemas.PredictQuery) -> Response:
@@ -220,7 +220,7 @@ def _named(where: str, i: int, get: Any) -> Any:
 
 def _info(model: Model) -> dict[str, Any]:
     try:
-        return schemas.describe(model.manifest(g.deadline)).model_dump()
+        return schemas.describe(model.current(g.deadline)).model_dump()
     except Problem:
         return schemas.ModelInfo(name=model.name, ready=False).model_dump(exclude_none=True)
 

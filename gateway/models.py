@@ -34,7 +34,11 @@ class Model:
 
     def manifest(self, deadline: float) -> Manifest:
         """The manifest of the last answer; asks where there was none. Raises what Client.predictions raises."""
-        return self._latest or self._ask({}, deadline, "")[0]
+        return self._latest or self.current(deadline)
+
+    def current(self, deadline: float) -> Manifest:
+        """The manifest of whoever serves now. Raises what Client.predictions raises."""
+        return self._ask({}, deadline, "")[0]
 
     def check(self, deadline: float) -> None:
         """One full round trip with the manifest's own drawing. Raises a Problem where it fails."""

@@ -78,7 +78,7 @@ class PredictResponse(BaseModel):
 
 class ModelInfo(BaseModel):
     name: str
-    ready: bool = Field(description="Whether a server of this model has answered this gateway.")
+    ready: bool = Field(description="Whether a server of this model answers right now.")
     version: str | None = None
     digest: str | None = None
     classes: list[str] | None = None

@@ -3,9 +3,12 @@
 import contextlib
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from local import run
 
@@ -35,3 +38,13 @@ def model_server(store: Path, grpc_port: int, log: Path, *bundles: Path) -> Iter
             yield process
         finally:
             run.end(process)
+
+
+def gone(family: list[psutil.Process], seconds: float = 5) -> bool:
+    """Whether none of them runs any more; what is dead but not waited for yet is gone too."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family):
+            return True
+        time.sleep(0.05)
+    return False

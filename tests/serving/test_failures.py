@@ -9,7 +9,7 @@ import psutil
 import pytest
 import requests
 from load import Load
-from servers import model_server
+from servers import gone, model_server
 from tiny import DAMAGES, picture, tiny_bundle
 
 from local import run
@@ -37,16 +37,6 @@ def fragile(tmp_path_factory):
 def workers(server) -> list[psutil.Process]:
     family = psutil.Process(server.pid).children(recursive=True)
     return [process for process in family if "model_service_worker" in " ".join(process.cmdline())]
-
-
-def gone(family: list[psutil.Process], seconds: float = 5) -> bool:
-    """Whether none of them runs any more; what is dead but not waited for yet is gone too."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def load_of(url: str) -> Load:

@@ -77,7 +77,6 @@ def expect_answer(page: Page, label: str) -> None:
 def test_chosen_file(page: Page, tmp_path: Path) -> None:
     choose(page, drawing(8))
     expect_answer(page, "not a dog")
-    expect(page.get_by_label("Model")).to_be_hidden()  # there is one: nothing to choose
     page.evaluate("Promise.all(document.getAnimations().map(({ finished }) => finished))")
     page.screenshot(path=os.environ.get("SCREENSHOT") or tmp_path / "page.png")
 
@@ -184,3 +183,11 @@ def test_model_selector(page: Page) -> None:
     expect_answer(page, "not a dog")
     with page.expect_request("**/predict?*model=flowers"):
         page.get_by_label("Model").select_option("flowers (not ready)")
+
+
+def test_one_model_leaves_nothing_to_choose(page: Page) -> None:
+    page.route("**/v1/models", lambda route: route.fulfill(json={"models": [{"name": "dog-breeds", "ready": True}]}))
+    page.reload()
+    choose(page, drawing())
+    expect_answer(page, "not a dog")
+    expect(page.get_by_label("Model")).to_be_hidden()
