@@ -14,7 +14,8 @@ TORCH ?= cpu
 
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes
+# Without byte code for all of it: what is imported is compiled then, which is a tenth.
+PIP := $(PY) -m pip install -qq --disable-pip-version-check --no-deps --require-hashes --no-compile
 RUN_PARTS := gateway model-server export local
 export PYTHONPATH := $(CURDIR)
 STARTED := $(shell date +%s)
@@ -62,13 +63,13 @@ $(VENV)/bin/python:
 # The CPU build of torch first, from pip's own sources or its index; where neither has it, the lock's
 # other build is taken, and what only that one needs.
 $(VENV)/run: $(VENV)/bin/python $(RUN_PARTS:%=requirements/%.txt)
-	@echo "Installing what the parts need into $(VENV) (once, about two minutes)"
+	@echo "Installing what the parts need into $(VENV) (once, about two minutes): torch"
 ifeq ($(TORCH),cpu)
 	@$(PIP) -r requirements/torch-cpu.txt 2>/dev/null \
 	|| $(PIP) -r requirements/torch-cpu.txt --index-url $(TORCH_INDEX) --retries 0 --timeout 5 2>/dev/null \
 	|| echo "torch's CPU build was not found: taking the build with CUDA, which is larger"
 endif
-	@$(PIP) $(RUN_PARTS:%=-r requirements/%.txt)
+	@for part in $(RUN_PARTS); do echo "  $$part" && $(PIP) -r requirements/$$part.txt || exit; done
 	@$(PY) -c 'import torch' 2>/dev/null || $(PIP) -r requirements/cuda.txt
 	@touch $@
 

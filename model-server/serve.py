@@ -88,7 +88,6 @@ class Server:
             "TEMP": str(scratch),  # unpacked models, pid file and workers' sockets
             "TMPDIR": str(scratch),
             "PYTHONPATH": f"{here.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep),
-            "PYTHONDONTWRITEBYTECODE": "1",
             "THREADS": str(threads),
             "OMP_NUM_THREADS": str(threads),
         }
