@@ -21,7 +21,8 @@ def record(folder: Path, pixels: Pixels, run: Run) -> None:
 def check(folder: Path, run: Run, classes: int, tolerance: float) -> None:
     """Raises BundleError where `run` does not give the recorded logits, each within `tolerance`."""
     try:
-        with np.load(folder / GOLDEN, allow_pickle=False) as golden:
+        # Opened here: where the zip is damaged, np.load would leave its file open.
+        with (folder / GOLDEN).open("rb") as file, np.load(file, allow_pickle=False) as golden:
             pixels, expected = golden["pixels"], golden["logits"]
     except Exception as exc:  # a damaged zip raises whatever zipfile, zlib and numpy raise
         raise BundleError(f"{GOLDEN}: cannot be read ({exc})") from exc

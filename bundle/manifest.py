@@ -181,7 +181,12 @@ def write(folder: Path, make: Callable[[Path], Manifest]) -> Manifest:
         (new / MANIFEST).write_bytes(manifest.to_json())
         if folder.exists():
             folder.rename(old)
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
     return manifest
 
 
@@ -210,7 +215,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     """JSON value -> the annotated type, exactly: every mismatch names its key."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise ValueError(f"{where or 'the file'} must be an object, not {type(value).__name__}")
+            raise ValueError(f"{where.rstrip('.')} must be an object, not {type(value).__name__}")
         hints = typing.get_type_hints(kind)
         if unknown := sorted(set(value) - set(hints)):
             raise ValueError(f"{where}{unknown[0]} is not a known key")

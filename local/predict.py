@@ -85,7 +85,7 @@ def ask(session: requests.Session, photo: Path, url: str, model: str | None) -> 
         answer: dict[str, Any] = response.json()
     except (requests.RequestException, ValueError) as exc:
         raise NoGateway(f"no gateway answers at {url}: start one with `make run` in another terminal ({exc})") from exc
-    if response.status_code >= 500 or response.status_code == 404:
+    if response.status_code >= 500 or response.status_code == 404:  # the server, or the name of the model
         raise NoGateway(f"{url}: {answer['detail']}")
     return answer
 

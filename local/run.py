@@ -138,7 +138,7 @@ def environment(**settings: object) -> dict[str, str]:
 
 def start_model_server(store: Path, grpc_port: int, output: io.BufferedWriter) -> subprocess.Popen[bytes]:
     """The model server on loopback; every port but gRPC's is whichever is free."""
-    http, metrics, management, grpc_management = free_ports(4)
+    http, metrics, management, grpc_management, worker = free_ports(5)
     settings = environment(
         model_store=store,
         host="127.0.0.1",
@@ -147,6 +147,7 @@ def start_model_server(store: Path, grpc_port: int, output: io.BufferedWriter) -
         metrics_port=metrics,
         management_port=management,
         grpc_management_port=grpc_management,
+        worker_port=worker,
         workers=os.environ.get("WORKERS", min(whole_cpus(), MOST_WORKERS)),
     )
     return _start([sys.executable, "model-server/serve.py"], settings, output)

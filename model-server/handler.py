@@ -29,7 +29,7 @@ class Model:
         resize = self.manifest.input.resize
         self.shape = (resize.height, resize.width, 3)
         self.key = wire.PIXELS + self.manifest.input.contract
-        self.run = _onnx(folder) if device == "cpu" else _torch(folder, device)
+        self.run = onnx_runner(folder) if device == "cpu" else torch_runner(folder, device)
         golden.check(folder, self.run, len(self.manifest.classes), self.manifest.tolerance)
 
     def answer(self, requests: Sequence[Request]) -> list[bytes]:
@@ -80,7 +80,7 @@ class Model:
         ]
 
 
-def _onnx(folder: Path) -> golden.Run:
+def onnx_runner(folder: Path) -> golden.Run:
     """ONNX Runtime on CPU: twice what eager PyTorch gives (see README, Speed)."""
     import onnxruntime
 
@@ -94,7 +94,7 @@ def _onnx(folder: Path) -> golden.Run:
     return lambda pixels: session.run(None, {"pixels": pixels})[0]
 
 
-def _torch(folder: Path, device: str) -> golden.Run:
+def torch_runner(folder: Path, device: str) -> golden.Run:
     """The torch.export program on a GPU."""
     import torch
     from torch.export.passes import move_to_device_pass

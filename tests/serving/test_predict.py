@@ -4,6 +4,7 @@ import base64
 import re
 import time
 
+import handler
 import numpy as np
 import pytest
 import requests
@@ -50,6 +51,13 @@ def test_onnx_agrees_with_pytorch(bundle, photos):
     with torch.no_grad():
         expected = model(0)(torch.from_numpy(pixels)).numpy()
     np.testing.assert_allclose(onnx_runner(bundle / "model.onnx")(pixels), expected, rtol=0, atol=1e-4)
+
+
+def test_the_program_that_a_gpu_runs_agrees_with_onnx(bundle, photos):
+    resize = manifest.read(bundle).input.resize
+    pixels = np.stack([load(data, resize) for data, _ in photos[:6]])
+    found = handler.torch_runner(bundle, "cpu")(pixels)
+    np.testing.assert_allclose(found, onnx_runner(bundle / "model.onnx")(pixels), rtol=0, atol=1e-4)
 
 
 def test_the_answer_over_http_is_that_of_the_logits(gateway, photos):

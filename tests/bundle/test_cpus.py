@@ -1,0 +1,54 @@
+"""bundle.cpus: what the container allows, in both versions of cgroup."""
+
+from pathlib import Path
+
+import pytest
+
+from bundle import cpus
+
+V1 = ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "200000 100000\n"}, 2.0),
+        ({"cpu.max": "50000 100000\n"}, 0.5),
+        ({"cpu.max": "125000 50000\n"}, 2.5),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "9900000 100000\n"}, 8),  # never more than the process may be scheduled on
+        ({V1[0]: "150000\n", V1[1]: "100000\n"}, 1.5),
+        ({V1[0]: "-1\n", V1[1]: "100000\n"}, 8),
+        ({V1[0]: "150000\n"}, 8),
+        ({"cpu.max": "max 100000\n", V1[0]: "150000\n", V1[1]: "100000\n"}, 8),
+        ({}, 8),
+        ({"cpu.max": ""}, 8),
+        ({"cpu.max": "0 0\n"}, 8),
+        ({"cpu.max": "100000 0\n"}, 8),
+        ({"cpu.max": "many\n"}, 8),
+        ({"cpu.max": "1 2 3\n"}, 8),
+        ({"cpu.max": "\xff\xfe"}, 8),
+    ],
+)
+def test_cpus_are_the_quota_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: float
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+    assert cpus.cpus(tmp_path) == expected
+
+
+def test_without_affinity_the_machine_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    assert cpus.cpus(tmp_path) == 3
+
+
+@pytest.mark.parametrize(("available", "whole"), [(0.25, 1), (1, 1), (1.99, 1), (2, 2), (7.5, 7)])
+def test_whole_cpus_are_rounded_down_and_at_least_one(
+    monkeypatch: pytest.MonkeyPatch, available: float, whole: int
+) -> None:
+    monkeypatch.setattr(cpus, "cpus", lambda: available)
+    assert cpus.whole_cpus() == whole
