@@ -9,6 +9,8 @@ import grpc
 import pytest
 from tiny import picture
 
+from bundle.picture import PictureError
+from gateway import errors
 from gateway.app import create_app
 from gateway.settings import Settings
 from gateway.telemetry import LOGGING
@@ -226,3 +228,7 @@ def test_an_error_of_ours_is_logged_and_not_shown(client, tiny, monkeypatch, cap
 def test_a_missing_or_bad_setting_stops_the_start_and_is_named(environ, sentence):
     with pytest.raises(SystemExit, match=sentence):
         Settings.from_environment(environ)
+
+
+def test_every_way_a_picture_can_fail_has_its_status():
+    assert set(errors.PICTURE_ERRORS) == set(PictureError.__subclasses__())
