@@ -7,6 +7,8 @@ PORT ?= 8080
 GRPC_PORT ?= 7070
 URL ?= http://127.0.0.1:$(PORT)
 PYTHON ?= python3.11
+# MODEL as a path: a name stands for a bundle made here.
+BUNDLE = $(if $(findstring /,$(MODEL)),$(MODEL),build/bundles/$(MODEL))
 # Where torch's CPU build is looked for if pip's own sources do not have it; empty: nowhere else.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # cuda: torch's CUDA build, for a machine with a GPU.
@@ -32,6 +34,14 @@ run: $(VENV)/run ## both processes here; MODEL=name,path/to/bundle PORT=8080
 predict: $(VENV)/run ## PHOTO=x.jpg as a table, or DIR=folder to a CSV; MODEL=name URL=http://...
 	@$(PY) -m local.predict $(if $(PHOTO),--photo "$(PHOTO)") $(if $(DIR),--dir "$(DIR)") --url $(URL) $(if $(filter command line,$(origin MODEL)),--model $(MODEL))
 
+.PHONY: train
+train: $(VENV)/train ## DATA=folder or gs://... to OUT=build/bundles/mine; QUICK=1 CSV=file REQUIRE='accuracy>=0.9' ARGS=...
+	@$(PY) -m training.train "$(or $(DATA),$(error DATA is not set: a folder with a folder of pictures a class))" --out "$(or $(OUT),build/bundles/mine)" $(if $(QUICK),--quick) $(if $(CSV),--csv "$(CSV)") $(if $(REQUIRE),--require $(foreach r,$(REQUIRE),'$(r)')) $(ARGS)
+
+.PHONY: evaluate
+evaluate: $(VENV)/train ## MODEL=bundle on DATA=folder; writes a report beside the bundle; CSV=file ARGS=...
+	@$(PY) -m training.evaluate $(BUNDLE) "$(or $(DATA),$(error DATA is not set: a folder with a folder of pictures a class))" $(if $(CSV),--csv "$(CSV)") $(ARGS)
+
 .PHONY: bundle
 bundle: $(VENV)/run ## the default bundle anew; LITE=0, 1 or 2
 	@$(PY) -m training.dog_breeds build/bundles/dog-breeds --lite $(or $(LITE),0)
@@ -40,13 +50,18 @@ bundle: $(VENV)/run ## the default bundle anew; LITE=0, 1 or 2
 test: $(VENV)/dev ## all tests; UNIT=1 only those without servers
 	@$(PY) -m pytest $(if $(UNIT),--ignore tests/serving)
 
+.PHONY: measure
+measure: $(VENV)/dev ## the tests that bound a time, on a machine with nothing else to do
+	@$(PY) -m pytest -m measurement -s
+
 .PHONY: lint
 lint: $(VENV)/dev ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 .PHONY: screenshot
-screenshot: $(VENV)/dev ## docs/page.png, the README's picture, by the browser test
+screenshot: $(VENV)/dev ## docs/page.png and docs/report.png, the README's pictures, by the browser tests
 	@SCREENSHOT=docs/page.png $(PY) -m pytest -q tests/serving/test_page.py
+	@SCREENSHOT_REPORT=docs/report.png $(PY) -m pytest -q tests/training/test_report.py
 
 .PHONY: lock
 lock: ## pin every dependency with hashes (needs uv)

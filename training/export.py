@@ -64,7 +64,7 @@ def export(
     """
 
     def make(new: Path) -> Manifest:
-        _export_files(module, new, resize)
+        torch.export.save(to_onnx(module, new / ONNX, resize), new / PT2)
         _check_parity(module, new, golden_pixels)
         golden.record(new, golden_pixels, onnx_runner(new / ONNX))
         return Manifest(
@@ -95,7 +95,8 @@ def _input(resize: Resize) -> Input:
     return Input.drawn(resize, golden.draw(1, side + 90, side + 140, seed=7)[0])
 
 
-def _export_files(module: nn.Module, folder: Path, resize: Resize) -> None:
+def to_onnx(module: nn.Module, path: Path, resize: Resize) -> torch.export.ExportedProgram:
+    """Write `module` (uint8 [N, H, W, 3] -> float32 [N, C], in eval mode) as ONNX, and give back its program."""
     # A batch of 2: an example of 1 would make the exporter take N for a constant.
     example = (torch.zeros(2, resize.height, resize.width, 3, dtype=torch.uint8),)
     shapes = ({0: torch.export.Dim("n", min=1, max=1024)},)
@@ -103,17 +104,17 @@ def _export_files(module: nn.Module, folder: Path, resize: Resize) -> None:
         warnings.simplefilter("ignore")  # the exporter's notes to its own developers
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.export.export(module, example, dynamic_shapes=shapes)
-        torch.export.save(program, folder / PT2)
         torch.onnx.export(
             program,
             (),
-            folder / ONNX,
+            path,
             input_names=["pixels"],
             output_names=["logits"],
             external_data=False,
             verbose=False,
         )
-    onnx.checker.check_model(folder / ONNX)
+    onnx.checker.check_model(path)
+    return program
 
 
 def _check_parity(module: nn.Module, folder: Path, pixels: Pixels) -> None:

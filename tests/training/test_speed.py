@@ -1,0 +1,119 @@
+"""What reading, logging and checkpoints cost, against a bare loop over tensors that lie in memory already."""
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+import torch
+
+from training import models
+from training.batches import Pictures, loader, stored
+from training.checkpoint import Checkpoints
+from training.data import Catalogue, Record, Source
+from training.loop import Machine, Recipe, Terminated, _size, fit, update
+from training.models import Base, train_mode
+
+CLOTHES = Path(__file__).parents[2].parent / "shared/data/clothing"
+ROUNDS, STEPS, WARM = 2, 8, 3
+
+
+class Spent(NamedTuple):
+    clock: float
+    processors: float
+
+
+def clothes() -> Catalogue:
+    """Photographs of the size that people have, unread: what `data.catalogue` finds out is not needed here."""
+    if not CLOTHES.exists():
+        pytest.skip(f"{CLOTHES} is not here")
+    names = sorted(folder.name for folder in (CLOTHES / "train").iterdir())
+    records = [
+        Record(
+            str(path.relative_to(CLOTHES)), names.index(path.parent.name), split, path.name, size=path.stat().st_size
+        )
+        for split in ("train", "validation")
+        for path in sorted((CLOTHES / split).glob("*/*"))
+    ]
+    return Catalogue("clothes", tuple(names), tuple(records), (), (), "0" * 64, Source(str(CLOTHES)))
+
+
+def shares(data: Catalogue, make: Callable[[], Base], recipe: Recipe, machine: Machine, folder: Path) -> list[Spent]:
+    """What the bare loop takes as a share of what the whole one takes, each round one after the other."""
+    device = torch.device(machine.on)
+    found = []
+    for turn in range(ROUNDS):
+        base = make()
+        base.model.new_head(len(data.classes))
+        kept = Pictures(data, data.of("train"), stored(base.resize))
+        batch = tuple(tensor.to(device) for tensor in next(iter(loader(kept, [list(range(recipe.batch))], 0))))
+        model = base.model.to(device, memory_format=torch.channels_last)
+        train_mode(model, recipe.freeze_norm)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        size = _size(base, recipe, 0)
+        torch.set_num_threads(machine.threads or torch.get_num_threads())
+        marks = []
+        for _ in range(WARM + STEPS):
+            update(model, optimizer, itertools.repeat(batch), recipe, len(data.classes), 1e-4, size, device)
+            marks.append(now(device))
+        bare = [last - first for first, last in zip(marks[WARM - 1], marks[-1], strict=True)]
+
+        marks = []
+        with pytest.raises(Terminated):
+            fit(
+                base,
+                data,
+                recipe,
+                machine,
+                Checkpoints(str(folder / f"{turn}"), {}),
+                stop=lambda marks=marks: len(marks) == WARM + STEPS,  # one more, which writes a checkpoint
+                on_step=lambda _, marks=marks: marks.append(now(device)),
+            )
+        whole = [last - first for first, last in zip(marks[WARM - 1], marks[WARM + STEPS - 1], strict=True)]
+        found.append(Spent(bare[0] / whole[0], bare[1] / whole[1]))
+    return found
+
+
+def now(device: torch.device) -> Spent:
+    """Seconds on the clock, and of processors in this process and its workers."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    me = psutil.Process()
+    times = [process.cpu_times() for process in (me, *me.children())]
+    return Spent(time.perf_counter(), sum(one.user + one.system for one in times))
+
+
+@pytest.mark.slow
+def test_reading_logging_and_checkpoints_cost_less_than_a_tenth(tmp_path, record_property):
+    # As it comes, at the size that most steps have, but with a checkpoint within so few steps. The seconds of processors
+    # count, because those on the clock tell of whatever else runs; with one thread, because several wait busily.
+    recipe = Recipe(batch=16, start_size=0.86)
+    machine = Machine(device="cpu", workers=1, threads=1, quiet=True, scalars=str(tmp_path), checkpoint_every=10)
+    found = shares(clothes(), lambda: models.load("lite0"), recipe, machine, tmp_path)
+    record_property("share of the bare loop's speed", str(found))
+    print(found)
+    assert statistics.median(share.processors for share in found) >= 0.9, found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["resnet", "convnext"])
+def test_on_a_gpu_too(tmp_path, record_property, kind):
+    """ResNet-50 and ConvNeXt-T, untrained, at batch 256 in bf16; the share is of the same loop on one batch that stays on the device."""
+    import transformers
+
+    config = {"resnet": transformers.ResNetConfig, "convnext": transformers.ConvNextConfig}[kind]()
+    model = transformers.AutoModelForImageClassification.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    processor = {"size": {"shortest_edge": 224}, "crop_pct": 0.875, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (tmp_path / "model/preprocessor_config.json").write_text(json.dumps(processor))
+    recipe = Recipe(batch=256, start_size=1, end_size=1, freeze_norm=False)
+    machine = Machine(device="cuda", quiet=True, scalars=str(tmp_path), checkpoint_every=60)
+    found = shares(clothes(), lambda: models.load(str(tmp_path / "model")), recipe, machine, tmp_path)
+    record_property("share of the bare loop's speed", str(found))
+    assert statistics.median(share.clock for share in found) >= 0.9, found
