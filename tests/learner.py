@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drawn import drawing
 from torch import Tensor, nn
 
 from bundle.picture import Resize
+from training.data import Catalogue, Record, Source
 from training.models import Base, Classifier
 
 SIZE = 32
@@ -59,12 +59,27 @@ def folder(
     root: Path, names: tuple[str, ...] = ("blue", "red", "yellow"), train: int = 12, validation: int = 6
 ) -> Path:
     """root/train/blue/0.jpg ..."""
+    from drawn import drawing  # takes seconds to import, which programs of tests that only read can do without
+
     for name in names:
         for i in range(train + validation):
             path = root / ("train" if i < train else "validation") / name / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(drawing(name, i, 96))
     return root
+
+
+def unread(root: Path) -> Catalogue:
+    """The catalogue of such a folder, its pictures not looked at."""
+    names = sorted(folder.name for folder in (root / "train").iterdir())
+    files = sorted(root.glob("*/*/*"))
+    records = [
+        Record(
+            str(path.relative_to(root)), names.index(path.parts[-2]), path.parts[-3], path.name, "", path.stat().st_size
+        )
+        for path in files
+    ]
+    return Catalogue("unread", tuple(names), tuple(records), (), (), "0" * 64, Source(str(root)))
 
 
 def save_transformer(path: Path, kind: str) -> Any:

@@ -199,9 +199,8 @@ def test_settings_that_make_no_sense_are_refused(settings, sentence):
 # A program that trains as the tests above do, for those that start and end processes.
 PROGRAM = textwrap.dedent("""
     import hashlib, json, os, sys
-    import torch
+    from pathlib import Path
     import learner
-    from drawn import catalogue
     from torch import distributed
     from training.checkpoint import Checkpoints
     from training.loop import Machine, Ranks, Recipe, fit
@@ -212,8 +211,7 @@ PROGRAM = textwrap.dedent("""
         distributed.init_process_group("gloo")
     machine = Machine(**learner.QUIET | {"checkpoint_every": 0.0, "workers": 1})
     checkpoints = Checkpoints(out + ".checkpoints", {}) if settings.pop("checkpoints") else None
-    drawn = catalogue(4, 8, ("blue", "red", "yellow"))
-    fitted = fit(learner.base(3), drawn, Recipe(**settings), machine, checkpoints, ranks=ranks)
+    fitted = fit(learner.base(3), learner.unread(Path(sys.argv[3])), Recipe(**settings), machine, checkpoints, ranks=ranks)
     if ranks.rank == 0:
         weights = b"".join(value.numpy().tobytes() for value in fitted.model.state_dict().values())
         with open(out, "w") as file:
@@ -228,8 +226,10 @@ def started(out: Path, recipe: Recipe, checkpoints: bool, *launcher: str) -> sub
     path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     program = out.parent / "program.py"
     program.write_text(PROGRAM)
+    if not (data := out.parent / "pictures").exists():
+        learner.folder(data, NAMES, 8, 4)
     return subprocess.Popen(
-        [sys.executable, *launcher, str(program), str(out), settings],
+        [sys.executable, *launcher, str(program), str(out), settings, str(data)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
     )
@@ -242,11 +242,11 @@ def ended(process: subprocess.Popen, out: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_the_doubled_batch(tmp_path, drawn):
+def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
     recipe = replace(PLAIN, batch=4, epochs=4)
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = ended(started(tmp_path / "two", recipe, False, *run), tmp_path / "two")
-    one = learn(drawn, replace(recipe, batch=8))
+    one = learn(learner.unread(tmp_path / "pictures"), replace(recipe, batch=8))
     assert len(one.losses) == 12
     assert np.abs(np.subtract(one.losses, two["losses"])).max() < 1e-5
 

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import psutil
 import pytest
 import torch
+from learner import unread
 
 from training import models
 from training.batches import Pictures, loader, stored
 from training.checkpoint import Checkpoints
-from training.data import Catalogue, Record, Source
+from training.data import Catalogue
 from training.loop import Machine, Recipe, Terminated, _size, fit, update
 from training.models import Base, train_mode
 
@@ -29,18 +30,10 @@ class Spent(NamedTuple):
 
 
 def clothes() -> Catalogue:
-    """Photographs of the size that people have, unread: what `data.catalogue` finds out is not needed here."""
+    """Photographs of the size that people have."""
     if not CLOTHES.exists():
         pytest.skip(f"{CLOTHES} is not here")
-    names = sorted(folder.name for folder in (CLOTHES / "train").iterdir())
-    records = [
-        Record(
-            str(path.relative_to(CLOTHES)), names.index(path.parent.name), split, path.name, size=path.stat().st_size
-        )
-        for split in ("train", "validation")
-        for path in sorted((CLOTHES / split).glob("*/*"))
-    ]
-    return Catalogue("clothes", tuple(names), tuple(records), (), (), "0" * 64, Source(str(CLOTHES)))
+    return unread(CLOTHES)
 
 
 def shares(data: Catalogue, make: Callable[[], Base], recipe: Recipe, machine: Machine, folder: Path) -> list[Spent]:
@@ -88,23 +81,22 @@ def now(device: torch.device) -> Spent:
     return Spent(time.perf_counter(), sum(one.user + one.system for one in times))
 
 
-@pytest.mark.slow
+@pytest.mark.measurement
 def test_reading_logging_and_checkpoints_cost_less_than_a_tenth(tmp_path, record_property):
-    # As it comes, at the size that most steps have, but with a checkpoint within so few steps. The seconds of processors
+    # As it comes, at the size that most steps have, but with a checkpoint within so few steps. Seconds of processors
     # count, because those on the clock tell of whatever else runs; with one thread, because several wait busily.
     recipe = Recipe(batch=16, start_size=0.86)
     machine = Machine(device="cpu", workers=1, threads=1, quiet=True, scalars=str(tmp_path), checkpoint_every=10)
     found = shares(clothes(), lambda: models.load("lite0"), recipe, machine, tmp_path)
     record_property("share of the bare loop's speed", str(found))
-    print(found)
     assert statistics.median(share.processors for share in found) >= 0.9, found
 
 
-@pytest.mark.slow
+@pytest.mark.measurement
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["resnet", "convnext"])
 def test_on_a_gpu_too(tmp_path, record_property, kind):
-    """ResNet-50 and ConvNeXt-T, untrained, at batch 256 in bf16; the share is of the same loop on one batch that stays on the device."""
+    """ResNet-50 and ConvNeXt-T, untrained, at batch 256 in bf16, against one batch that stays on the device."""
     import transformers
 
     config = {"resnet": transformers.ResNetConfig, "convnext": transformers.ConvNextConfig}[kind]()
