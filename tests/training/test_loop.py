@@ -211,7 +211,8 @@ PROGRAM = textwrap.dedent("""
         distributed.init_process_group("gloo")
     machine = Machine(**learner.QUIET | {"checkpoint_every": 0.0, "workers": 1})
     checkpoints = Checkpoints(out + ".checkpoints", {}) if settings.pop("checkpoints") else None
-    fitted = fit(learner.base(3), learner.unread(Path(sys.argv[3])), Recipe(**settings), machine, checkpoints, ranks=ranks)
+    data = learner.unread(Path(sys.argv[3]))
+    fitted = fit(learner.base(3), data, Recipe(**settings), machine, checkpoints, ranks=ranks)
     if ranks.rank == 0:
         weights = b"".join(value.numpy().tobytes() for value in fitted.model.state_dict().values())
         with open(out, "w") as file:
