@@ -4,6 +4,7 @@ The same two processes as on the cluster, started as their images start them.
 """
 
 import argparse
+import ctypes
 import io
 import os
 import signal
@@ -163,8 +164,20 @@ def start_gateway(
 def _start(command: list[str], settings: dict[str, str], output: io.BufferedWriter) -> subprocess.Popen[bytes]:
     # In a session of its own, so that Ctrl-C reaches this program alone, which ends them in order.
     return subprocess.Popen(
-        command, cwd=ROOT, env=settings, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=settings,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=_end_with_parent,
     )
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when this program is killed, so that nothing of it is left behind (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 def end(process: subprocess.Popen[bytes], seconds: float = 40) -> None:

@@ -53,6 +53,16 @@ def test_run_prints_a_curl_line_that_works_and_ctrl_c_leaves_no_process(tiny):
     assert gone(family)
 
 
+def test_killed_outright_it_leaves_no_process_either(tiny):
+    port, grpc_port = run.free_ports(2)
+    with start("--models", f"{tiny}", "--port", port, "--grpc-port", grpc_port) as process:
+        while "Ctrl-C" not in (line := process.stdout.readline()):
+            assert line
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert gone(family, 30)
+
+
 def test_a_bundle_that_does_not_exist_or_is_damaged_is_named(tiny, tmp_path):
     with pytest.raises(run.BundleError, match="cats: is no bundle"):
         run.find("cats")
