@@ -167,8 +167,7 @@ def write(folder: Path, make: Callable[[Path], Manifest]) -> Manifest:
 
     A bundle already at `folder` is replaced; anything else there is kept and raises BundleError.
     """
-    if folder.exists() and not (folder / MANIFEST).exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BundleError(f"{folder}: holds something that is not a bundle; name another folder")
+    check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         new, old = Path(scratch) / "new", Path(scratch) / "old"
@@ -188,6 +187,12 @@ def write(folder: Path, make: Callable[[Path], Manifest]) -> Manifest:
                 old.rename(folder)
             raise
     return manifest
+
+
+def check_target(folder: Path) -> None:
+    """Raises BundleError where `write` would refuse: for a folder that holds something else than a bundle."""
+    if folder.exists() and not (folder / MANIFEST).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BundleError(f"{folder}: holds something that is not a bundle; name another folder")
 
 
 def copy(source: Path, target: Path) -> Manifest:

@@ -264,12 +264,7 @@ def _catalogue(job: Job, machine: Machine, ranks: Ranks) -> Catalogue:
 def _check_output(job: Job) -> None:
     """What would be found out only at the end otherwise."""
     for folder in (job.out, Path(f"{job.out}.rejected")):
-        if (
-            folder.exists()
-            and not (folder / manifest.MANIFEST).exists()
-            and (not folder.is_dir() or any(folder.iterdir()))
-        ):
-            raise BundleError(f"{folder}: holds something that is not a bundle; name another folder with --out")
+        manifest.check_target(folder)
     try:
         Manifest(job.name, job.version or "v", ("a", "b"), typing.cast(Any, None), "")
     except ValueError as exc:
