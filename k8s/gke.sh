@@ -104,7 +104,7 @@ deploy() {
   say "waiting until the new pods serve; on new nodes that takes some minutes"
   local part
   for part in model-server gateway; do
-    kubectl --context="$context" -n kennel rollout status "deployment/$part" --timeout=20m ||
+    kubectl --context="$context" -n kennel rollout status "deployment/$part" --timeout=25m ||
       stop "$part did not become ready: what it says is in kubectl -n kennel logs -l app.kubernetes.io/name=$part \
 --all-containers; pods from before keep serving, make rollback returns to them"
   done
