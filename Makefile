@@ -16,6 +16,14 @@ TORCH ?= cpu
 
 VENV := .venv
 PY := $(VENV)/bin/python
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+# Of the images that hold torch.
+TAG = $(VERSION)$(if $(filter cuda,$(TORCH)),-cuda)
+DOCKER ?= docker
+# The plugin, or the program that came before it.
+COMPOSE = PORT=$(PORT) TAG=$(VERSION) $(shell $(DOCKER) compose version >/dev/null 2>&1 && echo $(DOCKER) compose || echo docker-compose) -p kennel
+# The images' common ground; a digest may follow: debian:bookworm-slim@sha256:...
+BASE ?= debian:bookworm-slim
 # Without byte code for all of it: what is imported is compiled then, which is a tenth.
 PIP := $(PY) -m pip install -qq --disable-pip-version-check --no-deps --require-hashes --no-compile
 RUN_PARTS := gateway model-server export local
@@ -63,6 +71,29 @@ screenshot: $(VENV)/dev ## docs/page.png and docs/report.png, the README's pictu
 	@SCREENSHOT=docs/page.png $(PY) -m pytest -q tests/serving/test_page.py
 	@SCREENSHOT_REPORT=docs/report.png $(PY) -m pytest -q tests/training/test_report.py
 
+.PHONY: wheels
+wheels: build/wheels/gateway.done build/wheels/$(TORCH).done ## the images' packages, checked against their hashes, into build/wheels
+
+.PHONY: images
+images: wheels build/bundles/dog-breeds/manifest.json ## build the three images, print their sizes; TORCH=cuda for GPUs
+	@$(call image,gateway,$(VERSION)) && $(call image,model-server,$(TAG)) && $(call image,training,$(TAG))
+
+.PHONY: compose-up
+compose-up: ## both images here as containers; MODEL_URI=file:///bundles/mine MODELS=mine for a bundle made here
+	@$(COMPOSE) up --detach && echo "Waiting for the first answer at $(URL)" \
+	&& timeout 120 bash -c 'until curl -sf -o /dev/null $(URL)/readyz; do sleep 1; done' \
+	&& echo "Ready: $(URL)" || { $(COMPOSE) logs --tail 30; exit 1; }
+
+.PHONY: compose-test
+compose-test: $(VENV)/run ## a drawing to the running containers and its answer
+	@$(PY) -c 'from local.run import first_answer; print(first_answer("$(URL)"))'
+
+.PHONY: compose-down
+compose-down: ## end them
+	@$(COMPOSE) down
+
+include k8s/deploy.mk k8s/kind.mk k8s/gke.mk
+
 .PHONY: lock
 lock: ## pin every dependency with hashes (needs uv)
 	@python3 requirements/lock.py
@@ -95,3 +126,33 @@ $(VENV)/train: $(VENV)/run requirements/training.txt
 $(VENV)/dev: $(VENV)/train requirements/dev.txt
 	@$(PIP) -r requirements/dev.txt
 	@touch $@
+
+build/bundles/dog-breeds/manifest.json: | $(VENV)/run
+	@$(PY) -m training.dog_breeds build/bundles/dog-breeds
+
+DOWNLOAD = $(PY) -m pip download -qq --disable-pip-version-check --no-deps --require-hashes --only-binary :all: --dest $(@:.done=)
+# A lock without torch, which comes from requirements/torch-cpu.txt.
+WITHOUT_TORCH = awk '/^[^ ]/ { keep = !/^torch==/ } keep'
+
+build/wheels/gateway.done: requirements/gateway.txt | $(VENV)/bin/python
+	@echo "Downloading the gateway's packages" && $(DOWNLOAD) -r $< && touch $@
+
+build/wheels/cpu.done: requirements/model-server.txt requirements/training.txt requirements/torch-cpu.txt | $(VENV)/bin/python
+	@echo "Downloading the packages of the model server and of training"
+	@$(DOWNLOAD) -r requirements/torch-cpu.txt 2>/dev/null || $(DOWNLOAD) -r requirements/torch-cpu.txt --index-url $(TORCH_INDEX)
+	@for part in model-server training; do \
+	  $(WITHOUT_TORCH) requirements/$$part.txt >build/wheels/$$part.txt && $(DOWNLOAD) -r build/wheels/$$part.txt || exit; \
+	done
+	@touch $@
+
+build/wheels/cuda.done: requirements/model-server.txt requirements/training.txt requirements/cuda.txt | $(VENV)/bin/python
+	@echo "Downloading the packages of the model server and of training, with CUDA"
+	@for part in model-server training cuda; do $(DOWNLOAD) -r requirements/$$part.txt || exit; done
+	@touch $@
+
+# $(call image,part,tag)
+define image
+DOCKER_BUILDKIT=1 $(DOCKER) build --quiet --file $(1)/Dockerfile --tag kennel/$(1):$(2) --build-arg BASE=$(BASE) \
+  --build-arg TORCH=$(TORCH) --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git describe --always --dirty --abbrev=40) . >/dev/null \
+&& $(DOCKER) image inspect --format '{{.Size}}' kennel/$(1):$(2) | awk '{printf "  %-32s %5.0f MB\n", "kennel/$(1):$(2)", $$1/1e6}'
+endef

@@ -16,11 +16,12 @@ from flask import Response, current_app, g, request
 from flask_openapi3 import Info, OpenAPI
 from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 from bundle.cpus import whole_cpus
-from gateway import errors, schemas, telemetry
+from gateway import access, errors, schemas, telemetry
 from gateway.body import CUT_OFF, READ_SECONDS, TOO_LARGE, Body
-from gateway.client import Client
+from gateway.client import Client, Split
 from gateway.errors import Problem
 from gateway.models import Model
 from gateway.settings import Settings
@@ -52,11 +53,19 @@ class Gateway:
 
     def __init__(self, settings: Settings, ready_file: Path | None) -> None:
         self.settings = settings
-        client = Client(settings.model_server, settings.in_flight, settings.model_seconds, telemetry.RETRIES.inc)
+        self.access = access.Access(access.keys(settings.api_keys_file), access.rate(settings.rate))
+        main = self._client(settings.model_server)
+        client: Client | Split = main
+        if settings.canary:
+            canary = self._client(settings.canary)
+            client = Split(main, canary, settings.canary_share, telemetry.CANARY_FAILURES.inc)
         decoding = threading.Semaphore(whole_cpus())
         self.models = {name: Model(name, client, decoding, settings.max_pixels) for name in settings.models}
         self.several = ThreadPoolExecutor(min(8, settings.in_flight), "instances")
         self._ready_file, self._ready = ready_file, False
+
+    def _client(self, target: str) -> Client:
+        return Client(target, self.settings.in_flight, self.settings.model_seconds, telemetry.RETRIES.inc)
 
     def model(self, name: str | None) -> Model:
         """Raises UnknownModel, naming those there are."""
@@ -98,6 +107,8 @@ def create_app(settings: Settings, ready_file: Path | None = None) -> OpenAPI:
     app.request_class = Request
     app.json.sort_keys = False  # type: ignore[attr-defined]  # answers read in the order they are written
     app.wsgi_app = Body(app.wsgi_app, settings.max_bytes)  # type: ignore[method-assign]
+    if settings.proxies:
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=settings.proxies, x_proto=settings.proxies)  # type: ignore[method-assign]
     app.extensions["gateway"] = Gateway(settings, ready_file)
     app.before_request(_begin)
     app.after_request(_finish)
@@ -247,6 +258,8 @@ def _begin() -> None:
         raise errors.TooLarge(f"the body is larger than {most:,} bytes: send a smaller picture")
     if CUT_OFF in request.environ:
         raise errors.BadRequest("the body ended before the length that was announced: send it whole")
+    if request.path.startswith(("/predict", "/v1/")):  # the page and the docs are for everybody
+        _gateway().access.check(request)
 
 
 def _finish(response: Response) -> Response:
@@ -278,6 +291,8 @@ def _problem(problem: Problem) -> Response:
         type=problem.type, title=problem.title, status=problem.status, detail=problem.detail, request_id=g.request_id
     )
     response = Response(details.model_dump_json(), problem.status, content_type="application/problem+json")
+    if problem.status == 401:
+        response.headers["WWW-Authenticate"] = 'Basic realm="Kennel: the API key as the password", charset="UTF-8"'
     if problem.retry_after is not None:
         response.headers["Retry-After"] = str(problem.retry_after)
     return response

@@ -6,6 +6,7 @@ deadline and a budget, and only where the connection failed.
 """
 
 import json
+import random
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -140,6 +141,22 @@ class Client:
                 channel = grpc.insecure_channel(self._target, options=CHANNEL_OPTIONS)
                 self._call = channel.unary_unary(METHOD, Request.SerializeToString, Response.FromString)
             return self._call
+
+
+class Split:
+    """A share of the calls goes to another model server, a canary; where that fails, the main one answers."""
+
+    def __init__(self, main: Client, canary: Client, share: float, on_failure: Callable[[], None]) -> None:
+        self._main, self._canary, self._share, self._on_failure = main, canary, share, on_failure
+
+    def predictions(self, model: str, entries: Mapping[str, bytes], deadline: float, request_id: str = "") -> bytes:
+        """As Client.predictions."""
+        if random.random() < self._share:
+            try:
+                return self._canary.predictions(model, entries, deadline, request_id)
+            except Problem:
+                self._on_failure()
+        return self._main.predictions(model, entries, deadline, request_id)
 
 
 # What TorchServe's own messages mean: its status codes alone do not tell (InferenceImpl.java,

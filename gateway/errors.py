@@ -26,6 +26,10 @@ class BadRequest(Problem):
     status, title = 400, "Bad request"
 
 
+class Unauthorized(Problem):
+    status, title = 401, "Unauthorized"
+
+
 class UnknownModel(Problem):
     status, title = 404, "Unknown model"
 
@@ -40,6 +44,12 @@ class UnsupportedPicture(Problem):
 
 class DamagedPicture(Problem):
     status, title = 422, "Damaged picture"
+
+
+class TooManyRequests(Problem):
+    """One client's share, not the gateway's capacity: that is Overloaded."""
+
+    status, title = 429, "Too many requests"
 
 
 class BadAnswer(Problem):

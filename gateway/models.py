@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bundle import picture, wire
 from bundle.manifest import BundleError, Manifest, parse
 from gateway import errors
-from gateway.client import Client
+from gateway.client import Client, Split
 
 KEPT = 8  # manifests a model: more versions than a rollout ever has side by side
 Stage = Callable[[str], AbstractContextManager[None]]  # times what runs inside it, under a name
@@ -25,7 +25,7 @@ Stage = Callable[[str], AbstractContextManager[None]]  # times what runs inside 
 class Model:
     """One model's name and the manifests that its servers have answered with."""
 
-    def __init__(self, name: str, client: Client, decoding: threading.Semaphore, max_pixels: int) -> None:
+    def __init__(self, name: str, client: Client | Split, decoding: threading.Semaphore, max_pixels: int) -> None:
         self.name = name
         self._client, self._decoding, self._max_pixels = client, decoding, max_pixels
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()  # by digest, the oldest learned first

@@ -33,6 +33,11 @@ class Settings:
     max_pixels: int = MAX_PIXELS
     max_instances: int = 32  # pictures in one request
     grace_seconds: float = 25.0  # between SIGTERM and the end of unfinished requests
+    canary: str = ""  # a second model server's gRPC target, for canary_share of the calls
+    canary_share: float = 0.0  # 0 to 1
+    api_keys_file: str = ""  # one key a line; predictions and models are then for those who send one
+    rate: str = ""  # requests of one client, like 60/minute
+    proxies: int = 0  # in front of the gateway, which name the client in X-Forwarded-For
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
@@ -47,6 +52,9 @@ class Settings:
                     raise SystemExit(f"{key}={environ[key]!r} is not of type {field.type}") from None
         if not values.get("models"):
             raise SystemExit("MODELS is not set: the names of the models to serve, separated by commas")
+        share = values.get("canary_share", 0.0)
+        if not 0 <= float(str(share)) <= 1:
+            raise SystemExit(f"CANARY_SHARE={share!r} is no share: write 0 to 1")
         return cls(**values)  # type: ignore[arg-type]  # each parsed to its field's own type
 
     @property

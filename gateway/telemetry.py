@@ -41,6 +41,7 @@ STAGES = Histogram(
 PREDICTIONS = Counter("kennel_predictions", 'Predictions given, "unknown" among the labels', ["model", "label"])
 IN_FLIGHT = Gauge("kennel_in_flight", "Predictions being made right now", multiprocess_mode="livesum")
 RETRIES = Counter("kennel_retries", "Calls to the model server made a second time")
+CANARY_FAILURES = Counter("kennel_canary_failures", "Calls that a canary failed and the main model server took over")
 
 
 class Stages:

@@ -139,13 +139,14 @@ def environment(**settings: object) -> dict[str, str]:
 
 def start_model_server(store: Path, grpc_port: int, output: io.BufferedWriter) -> subprocess.Popen[bytes]:
     """The model server on loopback; every port but gRPC's is whichever is free."""
-    http, metrics, management, grpc_management, worker = free_ports(5)
+    http, metrics, health, management, grpc_management, worker = free_ports(6)
     settings = environment(
         model_store=store,
         host="127.0.0.1",
         grpc_port=grpc_port,
         http_port=http,
         metrics_port=metrics,
+        health_port=health,
         management_port=management,
         grpc_management_port=grpc_management,
         worker_port=worker,

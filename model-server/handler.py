@@ -124,4 +124,7 @@ def handle(data: list[Request] | None, context: Any) -> list[bytes] | None:
             # TorchServe logs what a worker writes to stderr as a warning, and tracebacks as mere information.
             print(f"{context.manifest['model']['modelName']}: refused: {exc}", file=sys.stderr, flush=True)
             raise RuntimeError(str(exc)) from exc
-    return None if data is None else _model.answer(data)
+    if data is None:
+        return None
+    context.metrics.add_counter("kennel_batches", 1)  # TorchServe counts calls alone: batch size = calls / batches
+    return _model.answer(data)

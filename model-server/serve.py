@@ -2,10 +2,12 @@
 
     MODEL_STORE=build/model-store python model-server/serve.py
 
-Every .mar in the store is served under its own name. TorchServe's JVM is started here rather
-than by its launcher, which would leave it orphaned on SIGTERM. A model whose workers all died
-is noticed within half a second and its server ended and begun anew: TorchServe would queue calls
-without an answer until it gives up, while ending it tells every caller at once.
+Every .mar in the store is served under its own name; into an empty one MODEL_URI is fetched first, which
+on a cluster an init container has done. /readyz on HEALTH_PORT says when each of them has a worker that
+gave its golden answers, which TorchServe's own /ping does not. TorchServe's JVM is started here rather
+than by its launcher, which would leave it orphaned on SIGTERM. A model whose workers all died is noticed
+within half a second and its server ended and begun anew: TorchServe would queue calls without an answer
+until it gives up, while ending it tells every caller at once.
 """
 
 import contextlib
@@ -23,13 +25,16 @@ import urllib.request
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fetch
 import ts
 
 from bundle.cpus import whole_cpus
 
 POLL = 0.5  # seconds between looks at the workers
+LATE = 60.0  # seconds without a look after which this program must hang: a start and each look take less
 # Seconds before another try: doubled up to the last as long as no model becomes ready.
 FIRST_PAUSE, LAST_PAUSE = 0.5, 60.0
 
@@ -43,6 +48,7 @@ class Settings:
     grpc_port: int = 7070
     http_port: int = 8090
     metrics_port: int = 8092
+    health_port: int = 8093  # /livez and /readyz of this program, for probes
     management_port: int = 8091
     grpc_management_port: int = 7071
     worker_port: int = 9000  # first of a range: with workers' sockets of two servers apart, both can live
@@ -73,6 +79,43 @@ class Settings:
         return settings
 
 
+class Health(ThreadingHTTPServer):
+    """/readyz: 200 once every model has a ready worker, else 503 naming those without; never while it drains.
+
+    /livez: 200 as long as the loop below turns. TorchServe is no part of it: the loop restarts that by itself.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        super().__init__(address, _Probe)
+        self.waiting_for, self.beat = "no look at TorchServe yet", time.monotonic()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def note(self, waiting_for: str) -> None:
+        """What the loop saw: "" when every model is ready."""
+        self.waiting_for, self.beat = waiting_for, time.monotonic()
+
+
+class _Probe(BaseHTTPRequestHandler):
+    server: Health
+
+    def do_GET(self) -> None:
+        late = time.monotonic() - self.server.beat
+        problem = {
+            "/readyz": self.server.waiting_for,
+            "/livez": f"no look at TorchServe for {late:.0f} s" if late > LATE else "",
+        }.get(self.path)
+        status, body = (404, "/livez or /readyz") if problem is None else (503, problem) if problem else (200, "ok")
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain")
+        self.end_headers()
+        self.wfile.write(f"{body}\n".encode())
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: probes come every second."""
+
+
 class Server:
     """One TorchServe: its own session of processes, temporary folder and configuration."""
 
@@ -87,7 +130,9 @@ class Server:
             **os.environ,
             "TEMP": str(scratch),  # unpacked models, pid file and workers' sockets
             "TMPDIR": str(scratch),
-            "PYTHONPATH": f"{here.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep),
+            "PYTHONPATH": os.pathsep.join(
+                [str(here / "worker"), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
             "THREADS": str(threads),
             "OMP_NUM_THREADS": str(threads),
         }
@@ -160,6 +205,7 @@ def configuration(settings: Settings, models: Mapping[str, str]) -> str:
         "max_response_size": 64 << 20,
         "number_of_netty_threads": 2,
         "metrics_mode": "prometheus",
+        "model_metrics_auto_detect": "true",  # the handler's own counter, without a metrics.yaml to declare it
         "disable_system_metrics": "true",
         "disable_token_authorization": "true",  # its keys expire after an hour; a NetworkPolicy guards the port
         "install_py_dep_per_model": "false",
@@ -199,13 +245,15 @@ def stored(store: Path) -> dict[str, str]:
 def run(settings: Settings, stop: threading.Event) -> None:
     """Serve until `stop` is set; a server that dies or gives up is begun anew."""
     models = stored(Path(settings.model_store))
+    health = Health((settings.host, settings.health_port))
     pause = FIRST_PAUSE
     while not stop.is_set():
         with tempfile.TemporaryDirectory(prefix="model-server-") as scratch:
             server = Server(settings, models, Path(scratch))
             try:
-                reason = watch(server, stop)
+                reason = watch(server, stop, health)
                 if stop.is_set():
+                    health.note("ending")
                     log("SIGTERM: no new calls, answering those that are here")
                     server.drain()
                     return
@@ -213,10 +261,12 @@ def run(settings: Settings, stop: threading.Event) -> None:
                 server.kill()
         pause = FIRST_PAUSE if server.was_ready else min(2 * pause, LAST_PAUSE)
         log(f"{reason}: starting again in {pause:g} s")
-        stop.wait(pause)
+        resume = time.monotonic() + pause
+        while time.monotonic() < resume and not stop.wait(POLL):
+            health.note(reason)
 
 
-def watch(server: Server, stop: threading.Event) -> str:
+def watch(server: Server, stop: threading.Event, health: Health) -> str:
     """Wait until the server is of no use any more -> why; or until `stop` is set."""
     started = time.monotonic()
     given_up = started + 150  # TorchServe tries a worker for startupTimeout + maxRetryTimeoutInSec
@@ -227,6 +277,7 @@ def watch(server: Server, stop: threading.Event) -> str:
         for name in sorted(ready - server.was_ready):
             log(f"{name}: ready after {time.monotonic() - started:.1f} s")
         server.was_ready |= ready
+        health.note(", ".join(sorted(server.models.keys() - ready)))
         if lost := server.was_ready - ready:
             return f"{', '.join(sorted(lost))}: no worker is alive"
         if not server.was_ready and time.monotonic() > given_up:
@@ -249,7 +300,10 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    run(Settings.from_environment(os.environ), stop)
+    settings = Settings.from_environment(os.environ)
+    if os.environ.get("MODEL_URI") and not any(Path(settings.model_store).glob("*.mar")):
+        fetch.main()
+    run(settings, stop)
 
 
 if __name__ == "__main__":

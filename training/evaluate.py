@@ -51,7 +51,7 @@ def predict(
     """
     manifest = read(bundle)
     records = _records(catalogue, split)
-    labels = _labels(manifest, catalogue, records)
+    labels = known_labels(manifest, catalogue, records)
     manifest.input.check_pixels()
     run = onnx_runner(bundle / ONNX)
     golden.check(bundle, run, len(manifest.classes), manifest.tolerance)
@@ -124,9 +124,7 @@ def folds(
     bundle has one training behind it and cannot be cross-validated: only its training can.
     Raises MetricError where a class has fewer pictures than there are folds.
     """
-    fewest = int(np.unique(labels, return_counts=True)[1].min()) if len(labels) else 0
-    if not 2 <= count <= fewest:
-        raise MetricError(f"folds must be 2 to {fewest}, the pictures of the smallest class, not {count}")
+    check_folds(labels, count)
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     accuracies = []
     for train, held in kind(count, shuffle=True, random_state=seed).split(labels, labels, groups):
@@ -139,6 +137,13 @@ def folds(
         "mean": float(np.mean(accuracies)),
         "deviation": float(np.std(accuracies, ddof=1)),
     }
+
+
+def check_folds(labels: Labels, count: int) -> None:
+    """Raises MetricError where a class has fewer pictures than there are folds."""
+    fewest = int(np.unique(labels, return_counts=True)[1].min()) if len(labels) else 0
+    if not 2 <= count <= fewest:
+        raise MetricError(f"folds must be 2 to {fewest}, the pictures of the smallest class, not {count}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -179,8 +184,8 @@ def _records(catalogue: Catalogue, split: Split | Literal["all"]) -> tuple[Recor
     raise MetricError(f"{catalogue.address}: the split {split} has no pictures to evaluate on; there are: {have}")
 
 
-def _labels(manifest: Manifest, catalogue: Catalogue, records: Sequence[Record]) -> Labels:
-    """int64 [N] by the bundle's classes, matched by name."""
+def known_labels(manifest: Manifest, catalogue: Catalogue, records: Sequence[Record]) -> Labels:
+    """int64 [N] by the bundle's classes, matched by name. Raises MetricError for a class that it does not know."""
     used = [catalogue.classes[label] for label in sorted({record.label for record in records})]
     if unknown := [name for name in used if name not in manifest.classes]:
         unused = [name for name in manifest.classes if name not in catalogue.classes]

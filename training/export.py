@@ -1,6 +1,7 @@
 """A trained module -> a bundle: ONNX and torch.export, golden pictures, parity checked."""
 
 import logging
+import os
 import platform
 import subprocess
 import warnings
@@ -130,13 +131,23 @@ def _check_parity(module: nn.Module, folder: Path, pixels: Pixels) -> None:
 
 def _here() -> dict[str, Any]:
     """What made it: commit, versions, machine."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     return {
-        "commit": commit or "unknown",
+        "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
         "pillow": PIL.__version__,
         "machine": platform.platform(),
     }
+
+
+def _commit() -> str:
+    """The image's, which holds no git, or this checkout's."""
+    if revision := os.environ.get("REVISION"):
+        return revision
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"

@@ -118,8 +118,7 @@ def run(job: Job, recipe: Recipe, machine: Machine, ranks: Ranks, sigterm: _Sigt
     base = models.load(job.model, size=job.size, rule=job.resize)
     models.freeze(base.model, recipe.freeze)
     catalogue = _catalogue(job, machine, ranks)
-    for text in job.require:
-        gate.parse(text, catalogue.classes)
+    _check_questions(job, catalogue)
     base.model.new_head(len(catalogue.classes))
 
     checked: dict[str, Any] = {}
@@ -174,13 +173,14 @@ def _train_head(job: Job, base: Base, catalogue: Catalogue, recipe: Recipe, mach
         print(f"head: {head.accuracy:.4f} right in cross-validation, L2 {head.strength:.2g}", file=sys.stderr)
     if job.folds:
         # Copies of one picture stay together, or a fold would be asked what it was taught.
-        same = {sha: i for i, sha in enumerate(dict.fromkeys(record.sha256 for record in records))}
+        first = {copy: one for one, copy, _ in catalogue.copies}
+        same = {key: i for i, key in enumerate(sorted({first.get(record.key, record.key) for record in records}))}
         found["folds"] = evaluate.folds(
             labels,
             lambda train, held: quick.train_head(rows[train], labels[train], classes, recipe.seed).logits(rows[held]),
             job.folds,
             seed=recipe.seed,
-            groups=[same[record.sha256] for record in records],
+            groups=[same[first.get(record.key, record.key)] for record in records],
         )
     return found
 
@@ -270,9 +270,19 @@ def _check_output(job: Job) -> None:
     except ValueError as exc:
         raise BundleError(f"the bundle's {exc}") from exc
     if job.no_worse_than:
-        manifest.read(job.no_worse_than)
+        manifest.read(job.no_worse_than)  # its classes are compared once the data's are known
     if job.folds and not job.quick:
         raise TrainError("--folds needs --quick: a fine-tuning run is trained once, not so many times")
+
+
+def _check_questions(job: Job, catalogue: Catalogue) -> None:
+    """What is asked about the result must have an answer with this data. Raises GateError or MetricError."""
+    for text in job.require:
+        gate.parse(text, catalogue.classes)
+    if job.no_worse_than:
+        evaluate.known_labels(manifest.read(job.no_worse_than), catalogue, catalogue.of("validation", evaluation=True))
+    if job.folds:
+        evaluate.check_folds(np.array([record.label for record in catalogue.of("train")], np.int64), job.folds)
 
 
 def _golden(catalogue: Catalogue, base: Base) -> Pixels:

@@ -223,6 +223,7 @@ def test_an_error_of_ours_is_logged_and_not_shown(client, tiny, monkeypatch, cap
 @pytest.mark.parametrize(
     ("environ", "sentence"),
     [({}, "MODELS is not set"), ({"MODELS": "a", "THREADS": "many"}, "THREADS='many' is not of type"),
+     ({"MODELS": "a", "CANARY_SHARE": "10"}, "CANARY_SHARE=10.0 is no share"),
      ({"MODELS": " , "}, "MODELS is not set")],
 )  # fmt: skip
 def test_a_missing_or_bad_setting_stops_the_start_and_is_named(environ, sentence):

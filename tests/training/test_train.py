@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from drawn import bundle_of
 from learner import folder, save_transformer
+from tiny import tiny_bundle
 
 from bundle import golden, manifest, picture
 from bundle.manifest import Decision
@@ -156,6 +157,10 @@ def test_bad_data_is_refused_before_any_work(tmp_path, data, capsys, idle):
     shutil.copytree(data / "train/red", tmp_path / "one/red")
     assert "one class only" in refused(capsys, str(tmp_path / "one"), "--out", out)
     assert "no metric beauty" in refused(capsys, str(data), "--out", out, "--require", "beauty>=1")
+    assert "folds must be 2 to" in refused(capsys, str(data), "--out", out, "--quick", "--folds", "1000")
+    tiny_bundle(tmp_path / "other", ("cat", "dog", "red"))
+    sentence = refused(capsys, str(data), "--out", out, "--no-worse-than", str(tmp_path / "other"))
+    assert "does not know" in sentence and "cat, dog" in sentence
 
 
 def test_no_room_for_checkpoints_is_refused_before_any_work(tmp_path, data, capsys, idle):
