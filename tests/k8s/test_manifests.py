@@ -390,6 +390,7 @@ def connections(rendered: Rendered) -> Iterator[str]:
                 refused += store
             refused += [(str(who), who, name, me, port) for who in strangers for port in port_numbers(one).values()]
             refused += [(name, me, "internet", internet, 80), (name, me, "gateway", pods["gateway"], 8080)]
+            refused.append((name, me, "the metadata server", metadata[0][0], 443))
         if rendered.kind("BackendConfig"):
             refused.append(("the internet", internet, name, me, 8080))
         scraped = port_numbers(one).get("metrics", 8080)
