@@ -116,7 +116,7 @@ ifeq ($(TORCH),cpu)
 	|| echo "torch's CPU build was not found: taking the build with CUDA, which is larger"
 endif
 	@for part in $(RUN_PARTS); do echo "  $$part" && $(PIP) -r requirements/$$part.txt || exit; done
-	@$(PY) -c 'import torch' 2>/dev/null || $(PIP) -r requirements/cuda.txt
+	@$(PY) -c 'import torch' 2>/dev/null || $(PIP) -r requirements/torch-cuda.txt
 	@touch $@
 
 $(VENV)/train: $(VENV)/run requirements/training.txt
@@ -145,9 +145,9 @@ build/wheels/cpu.done: requirements/model-server.txt requirements/training.txt r
 	done
 	@touch $@
 
-build/wheels/cuda.done: requirements/model-server.txt requirements/training.txt requirements/cuda.txt | $(VENV)/bin/python
+build/wheels/cuda.done: requirements/model-server.txt requirements/training.txt requirements/torch-cuda.txt | $(VENV)/bin/python
 	@echo "Downloading the packages of the model server and of training, with CUDA"
-	@for part in model-server training cuda; do $(DOWNLOAD) -r requirements/$$part.txt || exit; done
+	@for part in model-server training torch-cuda; do $(DOWNLOAD) -r requirements/$$part.txt || exit; done
 	@touch $@
 
 # $(call image,part,tag)

@@ -279,14 +279,14 @@ def _finish(response: Response) -> Response:
         "bytes": request.content_length or 0,
         "stages_ms": g.stages.milliseconds,
         **g.get("answer", {}),
-        **({"problem": g.problem} if "problem" in g else {}),
+        **g.get("problem", {}),
     }
     telemetry.log.info("request", extra=fields)
     return response
 
 
 def _problem(problem: Problem) -> Response:
-    g.problem = problem.detail
+    g.problem = {"problem": problem.detail} | ({"cause": problem.cause} if problem.cause else {})
     details = schemas.ProblemDetails(
         type=problem.type, title=problem.title, status=problem.status, detail=problem.detail, request_id=g.request_id
     )

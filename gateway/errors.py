@@ -9,6 +9,7 @@ class Problem(Exception):
     status = 500
     title = "Internal error"
     retry_after: int | None = None  # seconds
+    cause = ""  # for the log: what a server behind said, in its own terms
 
     def __init__(self, detail: str, retry_after: int | None = None) -> None:
         super().__init__(detail)

@@ -78,7 +78,7 @@ def main() -> None:
         sys.exit("fetch: MODEL_URI (a bundle's folder) and MODEL_STORE (a folder to write to) must be set")
     try:
         fetch_all(uris, Path(store))
-    except BundleError as exc:
+    except (BundleError, OSError) as exc:
         sys.exit(f"fetch: {exc}")
 
 

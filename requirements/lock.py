@@ -1,7 +1,7 @@
 """Pin every dependency group of pyproject.toml with hashes: `make lock`.
 
 One universal resolution (all groups together, so parts never disagree on a version), then
-one file a group. What only torch's CUDA build needs goes to cuda.txt, which is installed
+one file a group. What only torch's CUDA build needs goes to torch-cuda.txt, which is installed
 where that build is found; so one lock serves the CPU wheel and the CUDA wheel of torch.
 torch-cpu.txt asks for the CPU wheel by name and is tried first: of two wheels that one lock
 accepts, pip prefers the one whose index states its hash, which is rarely the small one.
@@ -24,6 +24,9 @@ TORCH_CPU = {
     "torch==2.13.0": ["6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"],
 }
 
+# Programs whose dependencies would rule ours: resolved alone, and installed into an environment of their own.
+APART = ["checkov"]
+
 
 def compile_groups(groups: list[str], constraint: Path | None = None) -> dict[str, str]:
     """Resolve groups together -> {requirement line: the line with its hashes}."""
@@ -37,7 +40,7 @@ def compile_groups(groups: list[str], constraint: Path | None = None) -> dict[st
 
 
 def main() -> None:
-    groups = list(tomllib.loads(PYPROJECT.read_text())["dependency-groups"])
+    groups = [g for g in tomllib.loads(PYPROJECT.read_text())["dependency-groups"] if g not in APART]
     everything = compile_groups(groups)
     for head, hashes in TORCH_CPU.items():
         if head not in everything:
@@ -49,11 +52,15 @@ def main() -> None:
         pins.flush()
         parts = {group: list(compile_groups([group], Path(pins.name))) for group in groups}
     locks = {group: [h for h in heads if not CUDA.match(h)] for group, heads in parts.items()}
-    locks["cuda"] = [head for head in everything if CUDA.match(head)]
+    locks["torch-cuda"] = [head for head in everything if CUDA.match(head)]
     for head, hashes in TORCH_CPU.items():
         cpu = f"{head}+cpu ; sys_platform == 'linux' and platform_machine == 'x86_64'"
         everything[cpu] = cpu + "".join(f" \\\n    --hash=sha256:{value}" for value in hashes)
         locks["torch-cpu"] = [cpu]
+    for group in APART:
+        alone = compile_groups([group])
+        everything |= alone
+        locks[group] = list(alone)
     for name, heads in locks.items():
         lines = ["# Made by `make lock` from pyproject.toml.", *(everything[head] for head in heads)]
         (HERE / f"{name}.txt").write_text("\n".join(lines) + "\n")
