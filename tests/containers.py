@@ -37,20 +37,21 @@ class Spec:
     """What base/ gives one tier's pods."""
 
     def __init__(self, tier: str) -> None:
-        documents = yaml.safe_load_all((ROOT / f"k8s/base/{tier}.yaml").read_text())
+        manifest = next((ROOT / "k8s/base").rglob(f"{tier}.yaml"))
+        documents = yaml.safe_load_all(manifest.read_text())
         pod = next(one for one in documents if one["kind"] == "Deployment")["spec"]["template"]["spec"]
         container = pod["containers"][0]
         self.tier = tier
         self.image = f"{container['image']}:{version()}"
         self.user = f"{pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}"
-        self.limits = container["resources"]["limits"]
+        self.limits, self.requests = container["resources"]["limits"], container["resources"]["requests"]
         self.pre_stop: int = container["lifecycle"]["preStop"]["sleep"]["seconds"]
         self.grace: int = pod["terminationGracePeriodSeconds"] - self.pre_stop
         probe = container["readinessProbe"]["httpGet"]
         self.port = {port["name"]: port["containerPort"] for port in container["ports"]}
         self.ready = f":{self.port[probe['port']]}{probe['path']}"
         self.writable = [mount["mountPath"] for mount in container["volumeMounts"]]
-        lines = (ROOT / f"k8s/base/{tier}.env").read_text().splitlines()
+        lines = manifest.with_suffix(".env").read_text().splitlines()
         self.environment = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 
     @property

@@ -43,7 +43,7 @@ def test_all_that_the_hpa_may_start_fits_on_the_node(resource: str, node: str, o
         main = sum(amount(c["resources"]["requests"][resource]) for c in pod["containers"])
         first = max((amount(c["resources"]["requests"][resource]) for c in pod.get("initContainers", [])), default=0)
         hpa = objects["HorizontalPodAutoscaler", part]["spec"]
-        assert (hpa["minReplicas"], hpa["maxReplicas"]) == (1, 3)
+        assert (hpa["minReplicas"], hpa["maxReplicas"]) == (2, 3)
         total += max(main, first) * (hpa["maxReplicas"] + 1)  # one more during a rollout
     assert total <= amount(node)
 
