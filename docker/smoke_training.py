@@ -22,6 +22,7 @@ def main() -> None:
         for name, flags in (("quick", ["--quick"]), ("full", ["--epochs", "1", "--batch", "4", "--workers", "1"])):
             bundle = Path(scratch) / name
             command = [sys.executable, "-m", "training.train", str(data), "--out", str(bundle), *flags]
+            command += ["--cache", f"{scratch}/cache"]
             subprocess.run(command, check=True)
             assert read(bundle).classes == ("blue", "red")
 

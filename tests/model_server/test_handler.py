@@ -1,5 +1,9 @@
 """The handler without TorchServe: what it answers, and what it refuses to load."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import handler
@@ -9,6 +13,8 @@ from tiny import DAMAGES, tiny_bundle
 
 from bundle import golden, manifest, wire
 from bundle.manifest import BundleError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +113,17 @@ def test_a_damaged_bundle_is_refused_with_the_file_and_the_reason(damage, tmp_pa
     with pytest.raises(RuntimeError):
         handler.handle(None, context)
     assert f"tiny: refused: {expected}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("module", "file"), [("handler", ""), ("training.export", "model.onnx")])
+def test_nothing_is_reported_to_the_maker_of_onnx_runtime(tmp_path, module, file):
+    tiny_bundle(tmp_path / "tiny")
+    code = f"from {module} import onnx_runner; from pathlib import Path; "
+    code += f"onnx_runner(Path({str(tmp_path / 'tiny' / file)!r}))"
+    # Without it ONNX Runtime keeps a device id and what it will send under HOME.
+    home = tmp_path / "home"
+    home.mkdir()
+    path = os.pathsep.join([str(ROOT), str(ROOT / "model-server")])
+    environ = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", code], env=environ, check=True)
+    assert not list(home.rglob("*"))

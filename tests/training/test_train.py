@@ -160,7 +160,7 @@ def test_bad_data_is_refused_before_any_work(tmp_path, data, capsys, idle):
     assert "folds must be 2 to" in refused(capsys, str(data), "--out", out, "--quick", "--folds", "1000")
     tiny_bundle(tmp_path / "other", ("cat", "dog", "red"))
     sentence = refused(capsys, str(data), "--out", out, "--no-worse-than", str(tmp_path / "other"))
-    assert "does not know" in sentence and "cat, dog" in sentence
+    assert "does not know" in sentence
 
 
 def test_no_room_for_checkpoints_is_refused_before_any_work(tmp_path, data, capsys, idle):
