@@ -142,7 +142,8 @@ class Cluster:
 
     def kubectl(self, *arguments: str, check: bool = True) -> str:
         """What it printed. Raises AssertionError with what it complained of, unless told not to."""
-        found = subprocess.run(["kubectl", *arguments], env=self.environment, capture_output=True, text=True)
+        command = ["kubectl", *arguments]
+        found = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=700)
         assert not check or found.returncode == 0, f"kubectl {' '.join(arguments)}: {found.stderr}\n{self.describe()}"
         return found.stdout if check else found.stdout + found.stderr
 
@@ -222,7 +223,7 @@ class Cluster:
                         "image": gateway.containers[0].image,
                         "command": ["python3.11", "-c", PROBE, *targets],
                         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-                        "resources": {"limits": {"cpu": "100m", "memory": "64Mi", "ephemeral-storage": "16Mi"}},
+                        "resources": {"requests": {"cpu": "10m"}, "limits": {"cpu": "100m", "memory": "64Mi"}},
                     }
                 ],
             },
