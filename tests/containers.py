@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import time
-import urllib.error
 import urllib.request
 import uuid
 from pathlib import Path
@@ -128,7 +127,11 @@ class Pod:
 
 
 def metric(url: str, name: str) -> float:
-    """The sum of a Prometheus metric's series."""
     with urllib.request.urlopen(url, timeout=5) as response:
-        lines = response.read().decode().splitlines()
+        return total(response.read().decode(), name)
+
+
+def total(metrics: str, name: str) -> float:
+    """The sum of a Prometheus metric's series."""
+    lines = metrics.splitlines()
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))

@@ -1,12 +1,13 @@
 """Tiny bundles for tests, made without torch: the class whose colour the picture has wins."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
+from load import Call
 from PIL import Image
 
 from bundle import golden, manifest
@@ -35,6 +36,21 @@ def tiny_bundle(
         )
 
     return manifest.write(folder, make)
+
+
+# One model in two versions: what each calls a colour. They differ in input size too.
+NAMES = {"1": dict(zip(COLOURS, COLOURS, strict=True)), "2": {"red": "rouge", "green": "vert", "blue": "bleu"}}
+
+
+def two_versions(folder: Path) -> None:
+    """folder/1 and folder/2"""
+    for version, size in (("1", 32), ("2", 48)):
+        tiny_bundle(folder / version, list(NAMES[version].values()), version=version, size=size)
+
+
+def misnamed(calls: Iterable[Call]) -> list[Call]:
+    """Those whose answer is not what the answering version calls the colour that their request id names."""
+    return [call for call in calls if call.body["label"] != NAMES[call.body["version"]][call.request_id]]
 
 
 def model(path: Path, size: int, gain: float = 0.05) -> None:

@@ -14,15 +14,15 @@ from typing import Any, TypeVar
 
 import requests
 import yaml
+from containers import total
 from kubernetes import client, config
 from load import Call, Load
-from tiny import COLOURS, other_weights, picture, shorten_classes, tiny_bundle
+from tiny import COLOURS, misnamed, other_weights, picture, shorten_classes, two_versions
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "kennel"
 TIERS = ("model-server", "gateway")
 OURS = {"kennel/test": "true"}  # on what the tests add to the overlay, so that it can be found and removed
-NAMES = {"1": dict(zip(COLOURS, COLOURS, strict=True)), "2": {"red": "rouge", "green": "vert", "blue": "bleu"}}
 # The bundles that are broken, and what says so.
 BROKEN = {"altered": "manifest.json: was altered", "wrong": "does not give the answers recorded in golden.npz"}
 # CPU that the HPA wants a model server to take. Eight clients' calls took 650m with a pause of 0.02 s (125 calls/s),
@@ -35,8 +35,7 @@ T = TypeVar("T")
 
 def make_bundles(folder: Path) -> None:
     """One model in two versions, of other classes and another input size, and two that must be refused."""
-    for version, size in (("1", 32), ("2", 48)):
-        tiny_bundle(folder / version, list(NAMES[version].values()), version=version, size=size)
+    two_versions(folder)
     for name, damage in (("altered", shorten_classes), ("wrong", other_weights)):
         shutil.copytree(folder / "1", folder / name)
         damage(folder / name)
@@ -317,7 +316,7 @@ def complaints(calls: list[Call], versions: tuple[str, ...]) -> str:
     """What is wrong with these calls: "" where each was answered, named by the version that answered."""
     if failed := [call for call in calls if call.status != 200]:
         return f"{len(failed)} of {len(calls)} calls failed, the first {failed[:3]}"
-    if wrong := [call for call in calls if call.body["label"] != NAMES[call.body["version"]][call.request_id]]:
+    if wrong := misnamed(calls):
         return f"{len(wrong)} of {len(calls)} answers are wrong, the first {wrong[:3]}"
     found = sorted({call.body["version"] for call in calls})
     return "" if found == sorted(versions) else f"versions {found} answered, not {sorted(versions)}"
@@ -340,12 +339,6 @@ def termination_messages(pods: list[Any]) -> list[str]:
     ]
     ended = [state.terminated for one in statuses for state in (one.state, one.last_state) if state]
     return [one.message for one in ended if one and one.message]
-
-
-def total(metrics: str, name: str) -> float:
-    """The sum of a Prometheus metric's series."""
-    lines = metrics.splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
 
 
 def shares(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:

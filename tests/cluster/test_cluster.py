@@ -12,7 +12,6 @@ import requests
 from cluster.kube import (
     BROKEN,
     LONG_PAUSE,
-    NAMES,
     NAMESPACE,
     PAUSE,
     ROOT,
@@ -25,6 +24,7 @@ from cluster.kube import (
     termination_messages,
 )
 from kubernetes.client import ApiException
+from tiny import NAMES
 
 pytestmark = pytest.mark.slow
 

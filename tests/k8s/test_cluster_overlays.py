@@ -4,8 +4,9 @@ from types import SimpleNamespace as Object
 
 import kubernetes_validate
 import pytest
-from cluster.kube import BROKEN, TARGET, Overlays, Variant, complaints, fair, settled, shares, total
+from cluster.kube import BROKEN, TARGET, Overlays, Variant, complaints, fair, settled, shares
 from cluster.kube import termination_messages as messages
+from containers import total
 from load import Call
 from manifests import K8S, Combination, Rendered, Tree, kustomize, parse, pod
 

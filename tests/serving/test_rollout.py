@@ -8,13 +8,12 @@ import pytest
 import requests
 from load import Load
 from servers import model_server
-from tiny import COLOURS, picture, tiny_bundle
+from tiny import COLOURS, NAMES, misnamed, picture, two_versions
 
 from bundle import manifest, wire
 from gateway.client import Client
 from local import run
 
-NAMES = {"1": dict(zip(COLOURS, COLOURS, strict=True)), "2": {"red": "rouge", "green": "vert", "blue": "bleu"}}
 SIDE_BY_SIDE_SECONDS = 60
 
 
@@ -22,8 +21,7 @@ SIDE_BY_SIDE_SECONDS = 60
 def versions(tmp_path_factory):
     """One model in two versions: other classes and another input size."""
     folder = tmp_path_factory.mktemp("versions")
-    for version, size in (("1", 32), ("2", 48)):
-        tiny_bundle(folder / version, list(NAMES[version].values()), version=version, size=size)
+    two_versions(folder)
     return folder
 
 
@@ -39,8 +37,7 @@ def check_named_by_who_answered(calls) -> Counter[str]:
     """Every call was answered, with the name that the answering version gives that colour."""
     for call in calls:
         assert call.status == 200, call
-    wrong = [call for call in calls if call.body["label"] != NAMES[call.body["version"]][call.request_id]]
-    assert not wrong, wrong[:3]
+    assert not misnamed(calls), misnamed(calls)[:3]
     return Counter(call.body["version"] for call in calls)
 
 

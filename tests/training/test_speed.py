@@ -25,7 +25,7 @@ from training.models import Base, train_mode
 CLOTHES = Path(__file__).parents[2].parent / "shared/data/clothing"
 ROUNDS = 5
 # Steps of two epochs: pictures are decoded in the first and kept, of the eight that a run has by default.
-EPOCH, STEPS, WARM = 6, 12, 2
+EPOCH, STEPS, WARM = 10, 20, 3
 
 
 class Spent(NamedTuple):
@@ -44,7 +44,8 @@ def clothes(batch: int) -> Catalogue:
 def shares(data: Catalogue, make: Callable[[], Base], recipe: Recipe, machine: Machine, folder: Path) -> list[Spent]:
     """What the bare loop takes as a share of what the whole one takes, each round one after the other.
 
-    Without the first steps, and without the one at an epoch's end, which judges the model as well.
+    Without the step at an epoch's end, which judges the model as well, and the first of each epoch: processes
+    that decode for it have begun then, once a run, and every page that is written after a fork is copied first.
     """
     device = torch.device(machine.on)
     found = []
@@ -84,7 +85,7 @@ def shares(data: Catalogue, make: Callable[[], Base], recipe: Recipe, machine: M
 
 def spent(marks: list[Spent]) -> Spent:
     """From each of these moments to the next, but for those left out."""
-    steps = [i for i in range(WARM, len(marks)) if (i + 1) % EPOCH]
+    steps = [i for i in range(len(marks)) if WARM <= i % EPOCH < EPOCH - 1]
     return Spent(*(sum(marks[i][kind] - marks[i - 1][kind] for i in steps) for kind in range(2)))
 
 
