@@ -1,8 +1,6 @@
 # Every door of Kennel: `make help`.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-# What a target prints is its answer, also where another make called it.
-MAKEFLAGS += --no-print-directory
 
 MODEL ?= dog-breeds
 PORT ?= 8080
