@@ -23,6 +23,14 @@ def docker(*arguments: str, check: bool = True) -> str:
     return found.stdout.strip()
 
 
+def make(*words: str) -> str:
+    """What `make` printed, as from a shell: called by another make it would say so on its output."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    found = subprocess.run(["make", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-6000:]
+    return found.stdout
+
+
 def engine() -> str:
     """Why there is no engine here; "" where there is one."""
     try:

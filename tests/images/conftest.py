@@ -1,9 +1,8 @@
-import os
 import subprocess
 import uuid
 
 import pytest
-from containers import ROOT, docker, engine
+from containers import ROOT, docker, engine, make
 
 
 @pytest.fixture(scope="session")
@@ -12,10 +11,9 @@ def images():
     if reason := engine():
         pytest.skip(reason)
     subprocess.run([ROOT / "tests/images/base.sh"], check=True)
-    made = subprocess.run(["make", "images"], cwd=ROOT, capture_output=True, text=True, env=os.environ)
-    assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-6000:]
-    print(made.stdout)
-    names = [line.split()[0] for line in made.stdout.splitlines() if line.startswith("  kennel/")]
+    made = make("images")
+    print(made)
+    names = [line.split()[0] for line in made.splitlines() if line.startswith("  kennel/")]
     return {name.removeprefix("kennel/").split(":")[0]: name for name in names}
 
 

@@ -1,33 +1,26 @@
 """The compose file by the README's commands, against a real engine."""
 
 import json
-import subprocess
 
 import pytest
-from containers import ROOT, Spec, docker
+from containers import Spec, docker, make
 
 from local.run import free_ports
 
 
 @pytest.fixture(scope="module")
 def up(images):
-    port = free_ports(1)[0]
-
-    def make(target: str) -> str:
-        found = subprocess.run(["make", target, f"PORT={port}"], cwd=ROOT, capture_output=True, text=True)
-        assert found.returncode == 0, found.stdout + found.stderr
-        return found.stdout
-
+    port = f"PORT={free_ports(1)[0]}"
     try:
-        yield make("compose-up"), make
+        yield make("compose-up", port), lambda: make("compose-test", port)
     finally:
-        make("compose-down")
+        make("compose-down", port)
 
 
 def test_up_says_where_it_answers_and_test_asks_it(up):
-    said, make = up
+    said, test = up
     assert "Ready: http://127.0.0.1:" in said
-    assert make("compose-test").strip() == "not a dog"
+    assert test().strip() == "not a dog"
 
 
 @pytest.mark.parametrize("tier", ["gateway", "model-server"])
