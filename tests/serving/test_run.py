@@ -1,10 +1,12 @@
 """`make run` and `make predict` as people use them."""
 
+import contextlib
 import csv
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -21,11 +23,22 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-u", "-m", "local.run", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=run.ROOT, env=run.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+@contextlib.contextmanager
+def start(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """As from a terminal, where Ctrl-C is heard; one that a failed test leaves behind is killed."""
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "local.run", *map(str, arguments)],
+        cwd=run.ROOT,
+        env=run.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_run_prints_a_curl_line_that_works_and_ctrl_c_leaves_no_process(tiny):
@@ -42,9 +55,9 @@ def test_run_prints_a_curl_line_that_works_and_ctrl_c_leaves_no_process(tiny):
         answer = subprocess.run(curl, shell=True, cwd=run.ROOT, capture_output=True, text=True, timeout=20).stdout
         assert '"model":"tiny"' in answer
 
-        second = start("--models", f"{tiny}", "--port", port)
-        assert f"port {port} is taken" in second.communicate(timeout=30)[0]
-        assert second.returncode != 0
+        with start("--models", f"{tiny}", "--port", port) as second:
+            assert f"port {port} is taken" in second.communicate(timeout=30)[0]
+            assert second.returncode != 0
 
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) >= 4  # start program, JVM, worker, gateway and its process
