@@ -67,9 +67,9 @@ def fetch_all(uris: str, store: Path) -> None:
             mar.replace(store / mar.name)
 
 
-def log(message: str) -> None:
+def log(message: str, logger: str = "fetch") -> None:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    print(json.dumps({"time": stamp, "level": "INFO", "logger": "fetch", "message": message}), flush=True)
+    print(json.dumps({"time": stamp, "level": "INFO", "logger": logger, "message": message}), flush=True)
 
 
 def main() -> None:

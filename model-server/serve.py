@@ -286,8 +286,7 @@ def watch(server: Server, stop: threading.Event, health: Health) -> str:
 
 
 def log(message: str) -> None:
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    print(json.dumps({"time": stamp, "level": "INFO", "logger": "serve", "message": message}), flush=True)
+    fetch.log(message, "serve")
 
 
 def _die_with_parent() -> None:
