@@ -133,8 +133,10 @@ class Client:
         resolved again at once, and another may have come."""
         time.sleep(0.05)  # a connection takes a moment to be known as lost
         seconds = min(RECONNECT_SECONDS, deadline - time.monotonic())
+        ready = grpc.channel_ready_future(self._channel)
         with contextlib.suppress(grpc.FutureTimeoutError):
-            grpc.channel_ready_future(self._channel).result(seconds)
+            ready.result(seconds)
+        ready.cancel()  # or a thread of its would watch the channel until it is connected, which may be never
 
     def _once(self, request: Any, deadline: float, request_id: str) -> bytes:
         remaining = deadline - time.monotonic()

@@ -129,6 +129,17 @@ def test_nobody_there_is_told_at_once():
     assert time.monotonic() - started < 1
 
 
+def test_an_outage_leaves_no_thread_that_watches_for_its_end():
+    client, before = Client(nobody(), 1), threading.active_count()
+    for _ in range(3):
+        with pytest.raises(errors.Unavailable):
+            client.predictions("tiny", {}, soon())
+    deadline = soon(3)
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert threading.active_count() == before
+
+
 @pytest.mark.parametrize(("seconds", "deadline"), [(0.3, 5), (5, 0.3)])
 def test_a_call_that_hangs_is_ended(torchserve, seconds, deadline):
     torchserve.hold.clear()
