@@ -55,8 +55,9 @@ bundle: $(VENV)/run ## the default bundle anew; LITE=0, 1 or 2
 	@$(PY) -m training.dog_breeds build/bundles/dog-breeds --lite $(or $(LITE),0)
 
 .PHONY: test
-test: $(VENV)/dev $(VENV)/checkov/done ## all tests; UNIT=1 only those without servers
+test: $(VENV)/dev $(VENV)/checkov/done $(VENV)/vertex/done ## all tests; UNIT=1 only those without servers
 	@$(PY) -m pytest $(if $(UNIT),--ignore tests/serving --ignore tests/images)
+	@$(VENV)/vertex/bin/python -m pytest tests/vertex
 
 .PHONY: measure
 measure: $(VENV)/dev ## the tests that bound a time, on a machine with nothing else to do
@@ -92,7 +93,7 @@ compose-test: $(VENV)/run ## a drawing to the running containers and its answer
 compose-down: ## end them
 	@$(COMPOSE) down
 
-include k8s/deploy.mk k8s/kind.mk k8s/gke.mk
+include k8s/deploy.mk k8s/kind.mk k8s/gke.mk vertex/vertex.mk
 
 .PHONY: lock
 lock: ## pin every dependency with hashes (needs uv)
@@ -127,10 +128,10 @@ $(VENV)/dev: $(VENV)/train requirements/dev.txt
 	@$(PIP) -r requirements/dev.txt
 	@touch $@
 
-# Apart: its dependencies would rule ours.
-$(VENV)/checkov/done: requirements/checkov.txt | $(VENV)/bin/python
-	@$(PYTHON) -m venv $(VENV)/checkov
-	@$(VENV)/checkov/bin/pip install -qq --disable-pip-version-check --no-deps --require-hashes --no-compile -r $<
+# Apart: their dependencies would rule ours.
+$(VENV)/checkov/done $(VENV)/vertex/done: $(VENV)/%/done: requirements/%.txt | $(VENV)/bin/python
+	@$(PYTHON) -m venv $(VENV)/$*
+	@$(VENV)/$*/bin/pip install -qq --disable-pip-version-check --no-deps --require-hashes --no-compile -r $<
 	@touch $@
 
 build/bundles/dog-breeds/manifest.json: | $(VENV)/run

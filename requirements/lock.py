@@ -25,7 +25,7 @@ TORCH_CPU = {
 }
 
 # Programs whose dependencies would rule ours: resolved alone, and installed into an environment of their own.
-APART = ["checkov"]
+APART = ["checkov", "vertex"]
 
 
 def compile_groups(groups: list[str], constraint: Path | None = None) -> dict[str, str]:

@@ -8,6 +8,8 @@ import fsspec
 import pytest
 from gcp_storage_emulator.server import create_server  # type: ignore[import-untyped]
 
+collect_ignore = ["vertex"]  # run in .venv/vertex: see tests/vertex/pytest.ini
+
 
 @pytest.fixture
 def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
