@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from training.sources import open_address
+from training.sources import open_address, reason
 
 POINTER = "latest.json"
 _STATE = "state-{step:09d}.pt"
@@ -61,7 +61,7 @@ class Checkpoints:
                 self._write(name, state, json.dumps(pointer).encode())
         except Exception as exc:  # OSError, what torch makes of it, and what clouds raise: not a closed set
             raise CheckpointError(
-                f"{self.address}: the checkpoint of step {step} was not written: {_why(exc)}"
+                f"{self.address}: the checkpoint of step {step} was not written: {self._why(exc, writing=True)}"
             ) from exc
 
     def load(self) -> dict[str, Any] | None:
@@ -72,7 +72,7 @@ class Checkpoints:
         except FileNotFoundError:
             return None
         except Exception as exc:  # as in save
-            raise CheckpointError(f"{self.address}/{POINTER}: cannot be read: {_why(exc)}") from exc
+            raise CheckpointError(f"{self.address}/{POINTER}: cannot be read: {self._why(exc)}") from exc
         now = _plain(self.run)
         if other := [key for key in sorted({*now, *pointer["run"]}) if now.get(key) != pointer["run"].get(key)]:
             was, is_ = (str(run.get(other[0])) for run in (pointer["run"], now))
@@ -86,7 +86,7 @@ class Checkpoints:
                 state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as exc:  # as in save
             raise CheckpointError(
-                f"{self.address}/{pointer['state']}: cannot be read: {_why(exc)}: begin anew with --fresh"
+                f"{self.address}/{pointer['state']}: cannot be read: {self._why(exc)}: begin anew with --fresh"
             ) from exc
         return state
 
@@ -100,7 +100,9 @@ class Checkpoints:
             if "://" not in self.address and os.path.isdir(root) and not os.listdir(root):
                 os.rmdir(root)
         except Exception as exc:  # as in save
-            raise CheckpointError(f"{self.address}: its checkpoints cannot be removed: {_why(exc)}") from exc
+            raise CheckpointError(
+                f"{self.address}: its checkpoints cannot be removed: {self._why(exc, writing=True)}"
+            ) from exc
 
     def _write(self, name: str, state: Mapping[str, Any], pointer: bytes) -> None:
         folder = Path(self.address)
@@ -127,6 +129,9 @@ class Checkpoints:
         for old in filesystem.glob(f"{root}/state-*"):
             if not old.endswith("/" + name):
                 filesystem.rm_file(old)
+
+    def _why(self, exc: Exception, *, writing: bool = False) -> str:
+        return reason(exc, writing=writing) if "://" in self.address else _why(exc)
 
 
 def _plain(run: Mapping[str, Any]) -> dict[str, Any]:

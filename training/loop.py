@@ -104,7 +104,7 @@ class Machine:
     compile: bool = _option(False, "torch.compile; needs a C++ compiler")
     keep: int = _option(1_000_000_000, "bytes of decoded pictures that may be held in memory")
     checkpoint_every: float = _option(120.0, "seconds between checkpoints; more where writing takes over a 20th of it")
-    scalars: str = _option("", "folder for TensorBoard")
+    scalars: str = _option("", "folder for TensorBoard, here or gs://")
     quiet: bool = _option(False, "no progress")
 
     @property
@@ -146,12 +146,14 @@ def fit(
     ranks: Ranks = Ranks(),
     begin: Callable[[], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    judged: Callable[[int, float], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Fitted:
     """Train base.model on the split train, judged on validation after every epoch.
 
     begin: called before the first step of a run that is not continued, to change base.model.
     stop: asked after every step; where it says yes a checkpoint is written and Terminated raised.
+    judged: called by the first process after every epoch with its number, from 1, and the validation accuracy.
     on_step: called after every step with the number of steps done.
     Raises TrainError, ModelError, CheckpointError and DataError.
     """
@@ -229,6 +231,8 @@ def fit(
             if last:
                 run.judged(_accuracy(average, judge, device, ranks))
                 progress.scalar("validation/accuracy", run.accuracies[-1], run.step)
+                if judged and first:
+                    judged(epoch + 1, run.accuracies[-1])
                 progress.say(f"epoch {epoch + 1}/{recipe.epochs}: validation accuracy {run.accuracies[-1]:.4f}")
             if checkpoints and ranks.rank == 0 and not pending:
                 now = time.monotonic()

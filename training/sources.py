@@ -97,24 +97,33 @@ def open_address(address: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def explained(address: str) -> Iterator[None]:
+def explained(address: str, *, writing: bool = False) -> Iterator[None]:
     """Turns whatever a filesystem raises into DataError, naming `address`."""
     try:
         yield
     except (DataError, MemoryError):
         raise
-    except FileNotFoundError as exc:
-        raise DataError(f"{address}: does not exist: check the path, or the bucket's name") from exc
     except Exception as exc:  # gcsfs, aiohttp and google-auth raise their own, without a common base
-        text = " ".join(str(exc).split()) or type(exc).__name__
-        if isinstance(exc, PermissionError):
-            raise DataError(f"{address}: no right to read it ({text}): change its owner or mode") from exc
-        if text.startswith("Forbidden") or str(getattr(exc, "code", "")) in ("401", "403"):
-            raise DataError(
-                f"{address}: no right to read it ({text}): run `gcloud auth application-default login`, or give the "
-                "service account the role roles/storage.objectViewer on the bucket"
-            ) from exc
-        raise DataError(f"{address}: cannot be read ({text})") from exc
+        raise DataError(f"{address}: {reason(exc, writing=writing)}") from exc
+
+
+def reason(exc: Exception, *, writing: bool = False) -> str:
+    """Why a filesystem failed, and what to do. Roles: cloud.google.com/storage/docs/access-control/iam-roles"""
+    text = " ".join(str(exc).split())[:300] or type(exc).__name__
+    if isinstance(exc, FileNotFoundError):
+        return "does not exist: check the path, or the bucket's name"
+    do, role = ("write there", "objectUser") if writing else ("read it", "objectViewer")
+    if isinstance(exc, PermissionError):
+        return f"no right to {do} ({text}): change its owner or mode"
+    if text.startswith("Forbidden") or str(getattr(exc, "code", "")) in ("401", "403"):
+        # An expired login is a 401 "Invalid Credentials" (gcsfs).
+        return (
+            f"no right to {do} ({text}): run `gcloud auth application-default login`, or give the "
+            f"service account the role roles/storage.{role} on the bucket"
+        )
+    if writing:
+        return f"cannot be written ({text}): start again with the same command"
+    return f"cannot be read ({text})"
 
 
 def check_name(address: str, name: str) -> None:

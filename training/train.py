@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -77,6 +77,16 @@ class Job:
     max_bad: float
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """What whoever started the run hears of it, in its first process."""
+
+    # After every epoch of the loop: its number, from 1, and the accuracy on validation.
+    judged: Callable[[int, float], None] = lambda epoch, accuracy: None
+    # Bundle and report are there: the bundle's folder, and the exit code. Until it returns the checkpoints stay.
+    finished: Callable[[Path, int], None] = lambda bundle, code: None
+
+
 class _Sigterm:
     """SIGTERM ends the program, but in the loop, which asks `asked` after every step."""
 
@@ -93,12 +103,12 @@ class _Sigterm:
         return self.came
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, hooks: Hooks = Hooks()) -> int:
     sigterm = _Sigterm()
     before = signal.signal(signal.SIGTERM, sigterm)
     try:
-        job, recipe, machine = _parse(arguments)
-        return run(job, recipe, machine, _join(machine), sigterm)
+        job, recipe, machine = parse(arguments)
+        return run(job, recipe, machine, _join(machine), sigterm, hooks)
     except Terminated as exc:
         print(f"train: stopped by SIGTERM, {exc}; the same command goes on", file=sys.stderr)
         return STOPPED
@@ -111,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             distributed.destroy_process_group()
 
 
-def run(job: Job, recipe: Recipe, machine: Machine, ranks: Ranks, sigterm: _Sigterm) -> int:
+def run(job: Job, recipe: Recipe, machine: Machine, ranks: Ranks, sigterm: _Sigterm, hooks: Hooks) -> int:
     """All stages, one after the other -> the exit code. Of several processes the first does all but the loop."""
     alone = ranks.rank == 0
     _check_output(job)
@@ -138,11 +148,22 @@ def run(job: Job, recipe: Recipe, machine: Machine, ranks: Ranks, sigterm: _Sigt
         if job.fresh and alone:
             checkpoints.clear()
         sigterm.in_loop = True
-        fitted = fit(base, catalogue, recipe, machine, checkpoints, ranks=ranks, begin=begin, stop=sigterm.asked)
+        fitted = fit(
+            base,
+            catalogue,
+            recipe,
+            machine,
+            checkpoints,
+            ranks=ranks,
+            begin=begin,
+            stop=sigterm.asked,
+            judged=hooks.judged,
+        )
         sigterm.in_loop = False
         if not alone:
             return 0
     code = _finish(job, base, catalogue, recipe, ranks, fitted, checked)
+    hooks.finished(Path(f"{job.out}.rejected") if code else job.out, code)
     if fitted and code == 0:
         checkpoints.clear()
     return code
@@ -357,7 +378,8 @@ def _join(machine: Machine) -> Ranks:
     return ranks
 
 
-def _parse(arguments: Sequence[str] | None) -> tuple[Job, Recipe, Machine]:
+def parse(arguments: Sequence[str] | None) -> tuple[Job, Recipe, Machine]:
+    """The command line. Raises SystemExit for one that is none, and TrainError for a recipe that is none."""
     parser = argparse.ArgumentParser(
         prog="train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

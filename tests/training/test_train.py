@@ -185,7 +185,7 @@ def test_every_setting_is_an_option_with_its_help(capsys):
         for field in kind.__dataclass_fields__.values():
             assert f"--{field.name.replace('_', '-')}" in text
             assert field.metadata["help"]
-    job, recipe, machine = train._parse(["d", "--out", "b/My Name", "--lr", "0.5", "--no-freeze-norm", "--compile"])
+    job, recipe, machine = train.parse(["d", "--out", "b/My Name", "--lr", "0.5", "--no-freeze-norm", "--compile"])
     assert (job.name, job.checkpoints, machine.scalars) == ("my-name", "b/My Name.checkpoints", "b/My Name.scalars")
     assert (recipe.lr, recipe.freeze_norm, machine.compile) == (0.5, False, True)
-    assert train._parse(["d", "--out", "x"])[1:] == (train.Recipe(), train.Machine(scalars="x.scalars"))
+    assert train.parse(["d", "--out", "x"])[1:] == (train.Recipe(), train.Machine(scalars="x.scalars"))
