@@ -116,6 +116,11 @@ def create_app(settings: Settings, ready_file: Path | None = None) -> OpenAPI:
     app.register_error_handler(HTTPException, _http)
     app.register_error_handler(Exception, _unexpected)
 
+    # First: where a path is one of those below, this is what it means.
+    if settings.health_route:
+        app.get(settings.health_route, doc_ui=False, endpoint="health_route")(readyz)
+    if settings.predict_route:
+        app.post(settings.predict_route, doc_ui=False, endpoint="predict_route")(predict_default)
     app.get("/", doc_ui=False)(index)
     app.get("/openapi.json", doc_ui=False)(lambda: app.api_doc)
     app.get("/healthz", summary="Alive")(healthz)
@@ -179,8 +184,15 @@ def predict(query: schemas.PredictQuery) -> Response:
 
 def predict_json(path: schemas.ModelPath, body: schemas.PredictRequest) -> Response:
     """The form of TensorFlow Serving, KServe V1 and Vertex AI."""
+    return _predict_json(_gateway().model(path.name), body)
+
+
+def predict_default(body: schemas.PredictRequest) -> Response:
+    return _predict_json(_gateway().model(None), body)
+
+
+def _predict_json(model: Model, body: schemas.PredictRequest) -> Response:
     gateway = _gateway()
-    model = gateway.model(path.name)
     if len(body.instances) > (most := gateway.settings.max_instances):
         raise errors.BadRequest(f"instances: {len(body.instances)} are too many for one request: send at most {most}")
     pictures = []
@@ -258,7 +270,10 @@ def _begin() -> None:
         raise errors.TooLarge(f"the body is larger than {most:,} bytes: send a smaller picture")
     if CUT_OFF in request.environ:
         raise errors.BadRequest("the body ended before the length that was announced: send it whole")
-    if request.path.startswith(("/predict", "/v1/")):  # the page and the docs are for everybody
+    # The page, the docs and the probes are for everybody.
+    settings = _gateway().settings
+    asks = request.path.startswith(("/predict", "/v1/")) or request.path == settings.predict_route
+    if asks and request.path != settings.health_route:
         _gateway().access.check(request)
 
 
@@ -267,7 +282,7 @@ def _finish(response: Response) -> Response:
     response.headers["X-Content-Type-Options"] = "nosniff"
     route = request.url_rule.rule if request.url_rule else "other"
     telemetry.REQUESTS.labels(route, response.status_code).inc()
-    if route in ("/healthz", "/readyz", "/metrics") and response.status_code == 200:
+    if route in ("/healthz", "/readyz", "/metrics", _gateway().settings.health_route) and response.status_code == 200:
         return response
     if request.method == "POST":
         g.stages.add("request", time.perf_counter() - g.started)

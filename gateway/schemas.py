@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from bundle.manifest import Manifest
 
@@ -46,15 +46,20 @@ class Instance(Strict):
     b64: str = Field(description="A picture file's bytes, base64.")
 
 
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class Parameters(Strict):
-    top_k: TopK | None = None
+    # Vertex AI's client sends protobuf's Struct, which has no integers, and null for what was left out.
+    top_k: Annotated[TopK | None, BeforeValidator(_whole)] = None
 
 
 class PredictRequest(Strict):
     """The form of TensorFlow Serving, KServe V1 and Vertex AI."""
 
     instances: list[Instance] = Field(min_length=1)
-    parameters: Parameters = Parameters()
+    parameters: Annotated[Parameters, BeforeValidator(lambda value: {} if value is None else value)] = Parameters()
 
 
 class Score(BaseModel):

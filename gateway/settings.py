@@ -38,6 +38,9 @@ class Settings:
     api_keys_file: str = ""  # one key a line; predictions and models are then for those who send one
     rate: str = ""  # requests of one client, like 60/minute
     proxies: int = 0  # in front of the gateway, which name the client in X-Forwarded-For
+    # Paths of another platform's for /readyz and for the JSON form of a prediction, of the default model.
+    health_route: str = ""
+    predict_route: str = ""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
@@ -55,6 +58,10 @@ class Settings:
         share = values.get("canary_share", 0.0)
         if not 0 <= float(str(share)) <= 1:
             raise SystemExit(f"CANARY_SHARE={share!r} is no share: write 0 to 1")
+        for key in ("health_route", "predict_route"):
+            route = str(values.get(key, ""))
+            if route and (not route.startswith("/") or set(route) & set("<>?#")):
+                raise SystemExit(f"{key.upper()}={route!r} is no path: write it like /predict")
         return cls(**values)  # type: ignore[arg-type]  # each parsed to its field's own type
 
     @property

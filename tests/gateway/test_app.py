@@ -59,6 +59,33 @@ def test_json_is_read_whatever_the_content_type_says(client):
     assert answer.json["predictions"][0]["label"] == "red"
 
 
+def test_parameters_may_come_as_protobuf_writes_them(client):
+    instances = [{"b64": b64("red")}]
+    assert client.post(JSON, json={"instances": instances, "parameters": None}).status_code == 200
+    answer = client.post(JSON, json={"instances": instances, "parameters": {"top_k": 3.0}})
+    assert len(answer.json["predictions"][0]["top"]) == 3
+    assert client.post(JSON, json={"instances": instances, "parameters": {"top_k": 2.5}}).status_code == 400
+
+
+@pytest.mark.parametrize("predict", ["/v1/endpoints/1/deployedModels/2:predict", "/predict", "/ask"])
+@pytest.mark.parametrize("health", ["/v1/endpoints/1/deployedModels/2", "/healthz"])
+def test_another_platforms_routes_lead_to_readiness_and_to_the_default_model(
+    torchserve, tiny, tmp_path, health, predict
+):
+    keys = tmp_path / "keys"
+    keys.write_text("secret\n")
+    client = client_of(
+        torchserve, models=("tiny",), health_route=health, predict_route=predict, api_keys_file=str(keys)
+    )
+    assert client.get(health).status_code == 503
+    torchserve.models["tiny"] = tiny["1"]
+    assert client.get(health).json == {"status": "ready"}
+    body = {"instances": [{"b64": b64("green")}]}
+    assert client.post(predict, json=body).status_code == 401  # the one is for probes, the other is not
+    answer = client.post(predict, json=body, headers={"X-API-Key": "secret"})
+    assert [each["label"] for each in answer.json["predictions"]] == ["green"]
+
+
 def test_below_the_threshold_the_label_is_unknown_and_the_guesses_stay(client, tiny, monkeypatch):
     monkeypatch.setattr(tiny["1"], "run", lambda pixels: pixels[:, 0, 0].astype("f4") * 0)
     answer = client.post("/predict", data=picture("red")).json
@@ -224,6 +251,7 @@ def test_an_error_of_ours_is_logged_and_not_shown(client, tiny, monkeypatch, cap
     ("environ", "sentence"),
     [({}, "MODELS is not set"), ({"MODELS": "a", "THREADS": "many"}, "THREADS='many' is not of type"),
      ({"MODELS": "a", "CANARY_SHARE": "10"}, "CANARY_SHARE=10.0 is no share"),
+     ({"MODELS": "a", "HEALTH_ROUTE": "health"}, "HEALTH_ROUTE='health' is no path"),
      ({"MODELS": " , "}, "MODELS is not set")],
 )  # fmt: skip
 def test_a_missing_or_bad_setting_stops_the_start_and_is_named(environ, sentence):
