@@ -17,6 +17,7 @@ Plain folders do as well as gs://. With several workers the same command runs on
 training.train's: 0 good; 1 bad input; 3 the gate failed; 75 stopped by SIGTERM: the same command goes on.
 """
 
+import argparse
 import json
 import os
 import signal
@@ -27,17 +28,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
 from bundle.cpus import whole_cpus
-from training import train
-from training.publish import publish, put
-from training.train import GATE_FAILED, REFUSALS, STOPPED, Hooks
 
+# The libraries are imported where they are used: who only starts processes needs few of them.
+
+STOPPED = os.EX_TEMPFAIL  # 75, as training.train's
 WAIT_S = 1800  # for the other workers: Vertex AI starts each when it has its machine
 OURS = ("--out", "--checkpoints", "--scalars", "--cache")
 METRIC = "accuracy"
@@ -112,25 +107,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise JobError(f"{given[0]}: a job's results go where the AIP_ variables say; leave it out")
         if "TORCHELASTIC_RUN_ID" in os.environ:  # one of the processes that `_launch` starts
             return _train(arguments, places)
-        job, _, machine = train.parse([*arguments, "--out", "model"])
-        processes = torch.cuda.device_count() if machine.on == "cuda" else 1
-        if job.quick and cluster.worker > 0:
+        known = argparse.ArgumentParser(add_help=False)
+        known.add_argument("--quick", action="store_true")
+        known.add_argument("--device", default="")
+        known.add_argument("--workers", type=int, default=-1)
+        options, _ = known.parse_known_args(arguments)
+        if options.quick and cluster.worker > 0:
             print("job: with --quick the first worker does it all; this one has nothing to do", file=sys.stderr)
             return 0
-        if job.quick or cluster.workers * processes == 1:
+        processes = 1 if options.quick else _processes(options.device)
+        if options.quick or cluster.workers * processes == 1:
             for key in ("RANK", "WORLD_SIZE"):  # another launcher's: here is one process
                 os.environ.pop(key, None)
             return _train(arguments, places)
-        if processes > 1 and machine.workers < 0:  # pictures are decoded for every GPU
+        if processes > 1 and options.workers < 0:  # pictures are decoded for every GPU
             arguments += ["--workers", str(max(1, whole_cpus() // processes))]
         return _launch(arguments, cluster, processes)
-    except (JobError, *REFUSALS) as exc:
+    except JobError as exc:
         print(f"job: {exc}", file=sys.stderr)
         return 1
 
 
+def _processes(device: str) -> int:
+    """Of training on this worker: one a GPU, or one."""
+    import torch
+
+    return max(1, torch.cuda.device_count()) if device in ("", "cuda") else 1
+
+
 def _launch(arguments: list[str], cluster: Cluster, processes: int) -> int:
     """torchrun over all workers, `processes` on each -> the exit code of this worker."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     first = cluster.worker == 0
     config = LaunchConfig(
         min_nodes=cluster.workers,
@@ -145,8 +156,11 @@ def _launch(arguments: list[str], cluster: Cluster, processes: int) -> int:
         # Ranks are given in the order of these names: rank 0, which makes the bundle, must be the first worker.
         local_addr=(cluster.host or "localhost") if first else f"~{cluster.worker:04}",
     )
-    print(f"job: worker {cluster.worker} of {cluster.workers}, {processes} processes, meeting at "
-          f"{config.rdzv_endpoint}", file=sys.stderr, flush=True)  # fmt: skip
+    print(
+        f"job: worker {cluster.worker} of {cluster.workers}, {processes} processes, meeting at {config.rdzv_endpoint}",
+        file=sys.stderr,
+        flush=True,
+    )
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "training.job", *arguments)
     except ChildFailedError as exc:
@@ -164,6 +178,9 @@ def _launch(arguments: list[str], cluster: Cluster, processes: int) -> int:
 
 def _train(arguments: list[str], places: Places) -> int:
     """training.train in this process, its results to their places -> the exit code."""
+    from training import train
+    from training.publish import publish, put
+
     trial = Trial.from_environment(os.environ)
     epochs = 0
 
@@ -178,7 +195,7 @@ def _train(arguments: list[str], places: Places) -> int:
         for kind in ("report.html", "report.json", "curve.json"):
             if (file := out.with_name(f"model.{kind}")).exists():
                 put(file, f"{places.base}/{kind}")
-        target = f"{places.base}/rejected" if code == GATE_FAILED else places.model
+        target = f"{places.base}/rejected" if code == train.GATE_FAILED else places.model
         made = publish(bundle, target)
         print(f"job: {target} is {made.name} {made.version}, sha256={made.digest}")
         if trial:
@@ -188,7 +205,7 @@ def _train(arguments: list[str], places: Places) -> int:
         out = Path(scratch) / "model"
         ours = ["--out", str(out), "--cache", f"{scratch}/cache"]
         ours += ["--checkpoints", places.checkpoints, "--scalars", places.logs]
-        return train.main([*arguments, *ours], Hooks(judged, finished))
+        return train.main([*arguments, *ours], train.Hooks(judged, finished))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,17 @@
 """How far a run is: a bar on a terminal, plain lines in a log, scalars for TensorBoard."""
 
+import shutil
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-EVERY_S = 30.0  # between plain lines
+from training.sources import open_address, reason
+
+EVERY_S = 30.0  # between plain lines, and between uploads of scalars
 
 
 class Progress:
@@ -22,11 +27,14 @@ class Progress:
         if sys.stderr.isatty() and not quiet:
             self._bar = tqdm(total=total, initial=start, desc=name, unit="step", dynamic_ncols=True)
         self._writer: Any = None
+        # TensorBoard's own way into a bucket would overwrite its file with every line: objects cannot grow.
+        self._bucket, self._due = scalars if "://" in scalars else "", time.monotonic() + EVERY_S
+        self._folder = tempfile.mkdtemp(prefix="scalars-") if self._bucket else scalars
         if scalars:
             from torch.utils.tensorboard import SummaryWriter  # takes a second
 
             # What a killed run wrote after its last checkpoint is hidden: the steps come again.
-            self._writer = SummaryWriter(scalars, purge_step=start)
+            self._writer = SummaryWriter(self._folder, purge_step=start)
 
     def __enter__(self) -> "Progress":
         return self
@@ -36,6 +44,9 @@ class Progress:
             self._bar.close()
         if self._writer is not None:
             self._writer.close()
+        if self._bucket:
+            self._send()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def rate(self) -> float:
@@ -59,6 +70,21 @@ class Progress:
     def scalar(self, name: str, value: float, step: int) -> None:
         if self._writer is not None:
             self._writer.add_scalar(name, value, step)
+            if self._bucket and time.monotonic() >= self._due:
+                self._writer.flush()
+                self._send()
+
+    def _send(self) -> None:
+        """The scalars so far to the bucket. One that fails is said, costs little, and ends no run."""
+        began = time.monotonic()
+        try:
+            filesystem, root = open_address(self._bucket)
+            for file in Path(self._folder).iterdir():
+                filesystem.put_file(str(file), f"{root}/{file.name}")
+        except Exception as exc:  # gcsfs, aiohttp and google-auth raise their own, without a common base
+            print(f"{self.name}: {self._bucket}: the scalars: {reason(exc, writing=True)}", file=sys.stderr)
+        now = time.monotonic()
+        self._due = now + max(EVERY_S, 20 * (now - began))
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
