@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from training.sources import open_address, reason
+from bundle.remote import reason
+from training.sources import open_address
 
 POINTER = "latest.json"
 _STATE = "state-{step:09d}.pt"

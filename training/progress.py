@@ -9,7 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from training.sources import open_address, reason
+from bundle.remote import reason
+from training.sources import open_address
 
 EVERY_S = 30.0  # between plain lines, and between uploads of scalars
 

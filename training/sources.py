@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import fsspec
 
+from bundle.remote import reason
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 # What people call them, in folder names, shard names and CSV columns.
@@ -105,25 +107,6 @@ def explained(address: str, *, writing: bool = False) -> Iterator[None]:
         raise
     except Exception as exc:  # gcsfs, aiohttp and google-auth raise their own, without a common base
         raise DataError(f"{address}: {reason(exc, writing=writing)}") from exc
-
-
-def reason(exc: Exception, *, writing: bool = False) -> str:
-    """Why a filesystem failed, and what to do. Roles: cloud.google.com/storage/docs/access-control/iam-roles"""
-    text = " ".join(str(exc).split())[:300] or type(exc).__name__
-    if isinstance(exc, FileNotFoundError):
-        return "does not exist: check the path, or the bucket's name"
-    do, role = ("write there", "objectUser") if writing else ("read it", "objectViewer")
-    if isinstance(exc, PermissionError):
-        return f"no right to {do} ({text}): change its owner or mode"
-    if text.startswith("Forbidden") or str(getattr(exc, "code", "")) in ("401", "403"):
-        # An expired login is a 401 "Invalid Credentials" (gcsfs).
-        return (
-            f"no right to {do} ({text}): run `gcloud auth application-default login`, or give the "
-            f"service account the role roles/storage.{role} on the bucket"
-        )
-    if writing:
-        return f"cannot be written ({text}): start again with the same command"
-    return f"cannot be read ({text})"
 
 
 def check_name(address: str, name: str) -> None:
