@@ -10,14 +10,14 @@ from pathlib import Path
 
 import psutil
 
-from local import run
+from local import processes
 
 
 @dataclass(frozen=True)
 class Kennel:
     """Both processes and what they serve. `log` has what they printed."""
 
-    running: run.Running
+    running: processes.Running
     bundles: dict[str, Path]
     log: Path
     target: str  # the model server's gRPC address
@@ -31,13 +31,13 @@ class Kennel:
 def model_server(store: Path, grpc_port: int, log: Path, *bundles: Path) -> Iterator[subprocess.Popen[bytes]]:
     """One model server of these bundles, not yet ready."""
     command = [sys.executable, "model-server/archive.py", *map(str, bundles), "--store", str(store)]
-    subprocess.run(command, cwd=run.ROOT, env=run.environment(), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=processes.ROOT, env=processes.environment(), check=True, stdout=subprocess.DEVNULL)
     with log.open("ab") as output:
-        process = run.start_model_server(store, grpc_port, output)
+        process = processes.start_model_server(store, grpc_port, output)
         try:
             yield process
         finally:
-            run.end(process)
+            processes.end(process)
 
 
 def gone(family: list[psutil.Process], seconds: float = 5) -> bool:

@@ -5,7 +5,7 @@ import json
 import pytest
 from containers import Spec, docker, make
 
-from local.run import free_ports
+from local.processes import free_ports
 
 
 @pytest.fixture(scope="module")

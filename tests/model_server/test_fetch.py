@@ -52,6 +52,23 @@ def test_from_a_bucket(tmp_path, bundle, bucket):
     assert (tmp_path / "store/tiny.mar").exists()
 
 
+def test_what_is_kept_is_not_fetched_again_and_what_was_damaged_is(tmp_path, bundle, bucket):
+    folder, manifest = bundle
+    for path in folder.iterdir():
+        bucket.pipe_file(f"pets/models/tiny/{path.name}", path.read_bytes())
+    kept = fetch.keep("gs://pets/models/tiny", tmp_path / "cache")
+    assert kept == tmp_path / "cache" / manifest.digest
+    assert fetch.read(kept) == manifest
+    (kept / "model.onnx").write_bytes(b"")
+    assert fetch.keep(f"gs://pets/models/tiny#sha256={manifest.digest}", tmp_path / "cache") == kept
+    assert fetch.read(kept) == manifest
+    bucket.rm("pets/models/tiny", recursive=True)
+    assert fetch.keep(f"gs://pets/models/tiny#sha256={manifest.digest}", tmp_path / "cache") == kept
+    with pytest.raises(BundleError, match=r"gs://pets/models/tiny: its manifest\.json does not exist: check the path"):
+        fetch.keep("gs://pets/models/tiny", tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [manifest.digest]
+
+
 def test_several_models_and_those_of_before_go(tmp_path, bundle):
     tiny_bundle(tmp_path / "web/other", name="other")
     fetch.fetch_all(f"file://{tmp_path}/web/tiny file://{tmp_path}/web/other", tmp_path / "store")
@@ -75,9 +92,9 @@ def test_a_damaged_bundle_is_refused_and_the_store_stays(tmp_path, bundle, damag
 @pytest.mark.parametrize(
     ("uri", "sentence"),
     [
-        ("file:///nowhere", "its manifest.json cannot be read"),
+        ("file:///nowhere", "its manifest.json does not exist: check the path"),
         ("nothing://x/y", "its manifest.json cannot be read"),
-        ("{web}/none", "its manifest.json cannot be read"),
+        ("{web}/none", "its manifest.json does not exist: check the path"),
         ("http://127.0.0.1:1/tiny", "its manifest.json cannot be read"),
         ("file://{folder}#sha256=12", "is not #sha256= and 64 hexadecimal digits"),
         ("file://{folder}#md5=12", "is not #sha256= and 64 hexadecimal digits"),

@@ -7,7 +7,7 @@ import pytest
 from servers import Kennel
 from tiny import tiny_bundle
 
-from local import run
+from local import processes, run
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
 
@@ -24,7 +24,7 @@ def gateway(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("kennel")
     tiny_bundle(folder / "tiny")
     bundles = {"dog-breeds": bundle, "tiny": folder / "tiny"}
-    port, grpc_port = run.free_ports(2)
+    port, grpc_port = processes.free_ports(2)
     with (folder / "log").open("wb") as log, run.running(list(bundles.values()), port, grpc_port, log) as running:
         yield Kennel(running, bundles, folder / "log", f"127.0.0.1:{grpc_port}")
 

@@ -12,7 +12,7 @@ from load import Load
 from servers import gone, model_server
 from tiny import DAMAGES, picture, tiny_bundle
 
-from local import run
+from local import processes
 
 
 @pytest.fixture(scope="module")
@@ -20,18 +20,18 @@ def fragile(tmp_path_factory):
     """A gateway whose model server the tests kill and start: yields (url, start)."""
     folder = tmp_path_factory.mktemp("fragile")
     tiny_bundle(folder / "tiny")
-    port, grpc_port = run.free_ports(2)
+    port, grpc_port = processes.free_ports(2)
     log = folder / "log"
 
     def start():
         return model_server(folder / "store", grpc_port, log, folder / "tiny")
 
     with log.open("ab") as output:
-        gateway = run.start_gateway(["tiny"], f"127.0.0.1:{grpc_port}", port, output)
+        gateway = processes.start_gateway(["tiny"], f"127.0.0.1:{grpc_port}", port, output)
         try:
             yield f"http://127.0.0.1:{port}", start
         finally:
-            run.end(gateway)
+            processes.end(gateway)
 
 
 def workers(server) -> list[psutil.Process]:
@@ -138,7 +138,7 @@ def test_sigterm_answers_what_is_there_and_leaves_no_process(fragile):
 def test_a_damaged_bundle_never_becomes_ready_and_the_log_says_why(damage, tmp_path):
     """Damaged after it was archived: the handler is the last to look."""
     tiny_bundle(tmp_path / "tiny")
-    port, grpc_port = run.free_ports(2)
+    port, grpc_port = processes.free_ports(2)
     log = tmp_path / "log"
     with model_server(tmp_path / "good", grpc_port, log, tmp_path / "tiny"):
         pass  # only to have the archive
@@ -150,8 +150,8 @@ def test_a_damaged_bundle_never_becomes_ready_and_the_log_says_why(damage, tmp_p
             path = tmp_path / "tiny" / name
             bad.writestr(name, path.read_bytes() if path.exists() else good.read(name))
     with log.open("ab") as output:
-        server = run.start_model_server(mar.parent, grpc_port, output)
-        gateway = run.start_gateway(["tiny"], f"127.0.0.1:{grpc_port}", port, output)
+        server = processes.start_model_server(mar.parent, grpc_port, output)
+        gateway = processes.start_gateway(["tiny"], f"127.0.0.1:{grpc_port}", port, output)
         try:
             deadline = time.monotonic() + 60
             while f"tiny: refused: {reason}" not in log.read_text() and time.monotonic() < deadline:
@@ -161,5 +161,5 @@ def test_a_damaged_bundle_never_becomes_ready_and_the_log_says_why(damage, tmp_p
             assert answer.status_code == 503
             assert requests.get(f"http://127.0.0.1:{port}/healthz", timeout=10).ok
         finally:
-            run.end(gateway)
-            run.end(server)
+            processes.end(gateway)
+            processes.end(server)

@@ -10,7 +10,7 @@ import requests
 import yaml
 from tiny import picture
 
-from local.run import ROOT
+from local.processes import ROOT
 
 COMPONENTS = ROOT / "k8s" / "components"
 # What a cluster adds: kube-state-metrics' names, and the labels of whoever scrapes.

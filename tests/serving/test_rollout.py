@@ -12,7 +12,7 @@ from tiny import COLOURS, NAMES, misnamed, picture, two_versions
 
 from bundle import manifest, wire
 from gateway.client import Client
-from local import run
+from local import processes
 
 SIDE_BY_SIDE_SECONDS = 60
 
@@ -52,7 +52,7 @@ def wait_ready(url: str) -> None:
 
 def test_two_versions_side_by_side_then_the_old_one_leaves(versions, tmp_path):
     """Both behind one round-robin address, as in a rollout; then the first drains."""
-    old_port, new_port, port = run.free_ports(3)
+    old_port, new_port, port = processes.free_ports(3)
     log = tmp_path / "log"
     target = f"ipv4:127.0.0.1:{old_port},127.0.0.1:{new_port}"
     with (
@@ -62,7 +62,7 @@ def test_two_versions_side_by_side_then_the_old_one_leaves(versions, tmp_path):
     ):
         for each in (old_port, new_port):
             wait_answer(each)
-        gateway = run.start_gateway(["tiny"], target, port, output)
+        gateway = processes.start_gateway(["tiny"], target, port, output)
         url = f"http://127.0.0.1:{port}"
         try:
             wait_up(url)
@@ -81,15 +81,15 @@ def test_two_versions_side_by_side_then_the_old_one_leaves(versions, tmp_path):
             assert min(both["1"], both["2"]) > 0.35 * both.total()
             assert set(after) == {"2"}
         finally:
-            run.end(gateway)
+            processes.end(gateway)
 
 
 def test_a_new_version_replaces_the_old_one_at_the_same_address(versions, tmp_path):
-    grpc_port, port = run.free_ports(2)
+    grpc_port, port = processes.free_ports(2)
     log = tmp_path / "log"
     url = f"http://127.0.0.1:{port}"
     with log.open("ab") as output:
-        gateway = run.start_gateway(["tiny"], f"127.0.0.1:{grpc_port}", port, output)
+        gateway = processes.start_gateway(["tiny"], f"127.0.0.1:{grpc_port}", port, output)
         try:
             wait_up(url)
             for version in ("1", "2", "1"):
@@ -102,7 +102,7 @@ def test_a_new_version_replaces_the_old_one_at_the_same_address(versions, tmp_pa
                     assert (answer.json()["version"], answer.json()["label"]) == (version, NAMES[version]["green"])
                     assert requests.get(f"{url}/v1/models/tiny").json()["classes"] == list(NAMES[version].values())
         finally:
-            run.end(gateway)
+            processes.end(gateway)
 
 
 def test_one_poisoned_item_in_a_batch_fails_alone(gateway):

@@ -13,7 +13,7 @@ import pytest
 from servers import gone
 from tiny import picture, tiny_bundle
 
-from local import predict, run
+from local import predict, processes, run
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def start(*arguments: object) -> Iterator[subprocess.Popen[str]]:
     """As from a terminal, where Ctrl-C is heard; one that a failed test leaves behind is killed."""
     with subprocess.Popen(
         [sys.executable, "-u", "-m", "local.run", *map(str, arguments)],
-        cwd=run.ROOT,
-        env=run.environment(),
+        cwd=processes.ROOT,
+        env=processes.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -42,7 +42,7 @@ def start(*arguments: object) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_run_prints_a_curl_line_that_works_and_ctrl_c_leaves_no_process(tiny):
-    port, grpc_port = run.free_ports(2)
+    port, grpc_port = processes.free_ports(2)
     with start("--models", f"{tiny}", "--port", port, "--grpc-port", grpc_port) as process:
         printed = ""
         while "Ctrl-C" not in printed:
@@ -52,7 +52,7 @@ def test_run_prints_a_curl_line_that_works_and_ctrl_c_leaves_no_process(tiny):
         assert f"http://127.0.0.1:{port}" in printed
         assert re.search(r"first answer \d+ s", printed)
         curl = re.search(r"curl .*", printed)[0]
-        answer = subprocess.run(curl, shell=True, cwd=run.ROOT, capture_output=True, text=True, timeout=20).stdout
+        answer = subprocess.run(curl, shell=True, cwd=processes.ROOT, capture_output=True, text=True, timeout=20).stdout
         assert '"model":"tiny"' in answer
 
         with start("--models", f"{tiny}", "--port", port) as second:
@@ -67,7 +67,7 @@ def test_run_prints_a_curl_line_that_works_and_ctrl_c_leaves_no_process(tiny):
 
 
 def test_killed_outright_it_leaves_no_process_either(tiny):
-    port, grpc_port = run.free_ports(2)
+    port, grpc_port = processes.free_ports(2)
     with start("--models", f"{tiny}", "--port", port, "--grpc-port", grpc_port) as process:
         while "Ctrl-C" not in (line := process.stdout.readline()):
             assert line
