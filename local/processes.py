@@ -1,7 +1,6 @@
 """The model server and the gateway as two processes of one machine: started, waited for, ended."""
 
 import ctypes
-import io
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from bundle.cpus import whole_cpus
 
@@ -46,7 +46,7 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def both(
-    names: Sequence[str], store: Path, port: int, grpc_port: int, output: io.BufferedWriter, **settings: object
+    names: Sequence[str], store: Path, port: int, grpc_port: int, output: IO[bytes], **settings: object
 ) -> Iterator[Running]:
     """Both processes, not ready yet, for the models of these names in the store; ended when the context is left.
 
@@ -68,7 +68,7 @@ def environment(**settings: object) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **{key.upper(): str(value) for key, value in settings.items()}}
 
 
-def start_model_server(store: Path, grpc_port: int, output: io.BufferedWriter) -> subprocess.Popen[bytes]:
+def start_model_server(store: Path, grpc_port: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
     """The model server on loopback; every port but gRPC's is whichever is free."""
     http, metrics, health, management, grpc_management, worker = free_ports(6)
     settings = environment(
@@ -87,14 +87,14 @@ def start_model_server(store: Path, grpc_port: int, output: io.BufferedWriter) -
 
 
 def start_gateway(
-    models: Sequence[str], model_server: str, port: int, output: io.BufferedWriter, **settings: object
+    models: Sequence[str], model_server: str, port: int, output: IO[bytes], **settings: object
 ) -> subprocess.Popen[bytes]:
     values: dict[str, object] = {"models": ",".join(models), "model_server": model_server, "port": port}
     values |= {"host": "127.0.0.1"} | settings
     return _start([sys.executable, "-m", "gateway"], environment(**values), output)
 
 
-def _start(command: list[str], settings: dict[str, str], output: io.BufferedWriter) -> subprocess.Popen[bytes]:
+def _start(command: list[str], settings: dict[str, str], output: IO[bytes]) -> subprocess.Popen[bytes]:
     # In a session of its own, so that Ctrl-C reaches this program alone, which ends them in order.
     return subprocess.Popen(
         command,
