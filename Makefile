@@ -79,6 +79,10 @@ wheels: build/wheels/gateway.done build/wheels/$(TORCH).done ## the images' pack
 images: wheels build/bundles/dog-breeds/manifest.json ## build the three images, print their sizes; TORCH=cuda for GPUs
 	@$(call image,gateway,$(VERSION)) && $(call image,model-server,$(TAG)) && $(call image,training,$(TAG))
 
+.PHONY: endpoint-image
+endpoint-image: images ## gateway and model server as one image, for an endpoint of Vertex AI
+	@$(call image,endpoint,$(TAG),vertex/endpoint)
+
 .PHONY: compose-up
 compose-up: ## both images here as containers; MODEL_URI=file:///bundles/mine MODELS=mine for a bundle made here
 	@$(COMPOSE) up --detach && echo "Waiting for the first answer at $(URL)" \
@@ -157,9 +161,9 @@ build/wheels/cuda.done: requirements/model-server.txt requirements/training.txt 
 	@for part in model-server training torch-cuda; do $(DOWNLOAD) -r requirements/$$part.txt || exit; done
 	@touch $@
 
-# $(call image,part,tag)
+# $(call image,part,tag,folder of its Dockerfile where that is not the part's name)
 define image
-DOCKER_BUILDKIT=1 $(DOCKER) build --quiet --file $(1)/Dockerfile --tag kennel/$(1):$(2) --build-arg BASE=$(BASE) \
-  --build-arg TORCH=$(TORCH) --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git describe --always --dirty --abbrev=40) . >/dev/null \
+DOCKER_BUILDKIT=1 $(DOCKER) build --quiet --file $(or $(3),$(1))/Dockerfile --tag kennel/$(1):$(2) --build-arg BASE=$(BASE) \
+  --build-arg TORCH=$(TORCH) --build-arg VERSION=$(VERSION) --build-arg TAG=$(2) --build-arg REVISION=$$(git describe --always --dirty --abbrev=40) . >/dev/null \
 && $(DOCKER) image inspect --format '{{.Size}}' kennel/$(1):$(2) | awk '{printf "  %-32s %5.0f MB\n", "kennel/$(1):$(2)", $$1/1e6}'
 endef
