@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+import requests
 from servers import gone
 from tiny import picture, tiny_bundle
 
+from bundle import manifest
 from local import predict, processes, run
 
 
@@ -64,6 +67,34 @@ def test_run_prints_a_curl_line_that_works_and_ctrl_c_leaves_no_process(tiny):
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
     assert gone(family)
+
+
+def test_a_bundle_in_a_bucket_is_fetched_once_and_served(tiny, bucket):
+    digest = manifest.read(tiny).digest
+    for path in tiny.iterdir():
+        bucket.pipe_file(f"pets/models/tiny/{path.name}", path.read_bytes())
+    port, grpc_port = processes.free_ports(2)
+    address = f"gs://pets/models/tiny#sha256={digest}"
+    kept = run.CACHE / digest
+    shutil.rmtree(kept, ignore_errors=True)
+    with start("--models", address, "--port", port, "--grpc-port", grpc_port) as process:
+        printed = ""
+        while "Ctrl-C" not in printed:
+            line = process.stdout.readline()
+            assert line, printed
+            printed += line
+        assert f"Fetching {address}" in printed
+        assert "Starting tiny" in printed
+        answer = requests.post(f"http://127.0.0.1:{port}/predict", data=picture("blue"), timeout=10).json()
+        assert (answer["label"], answer["digest"]) == ("blue", digest)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    bucket.rm("pets/models", recursive=True)
+    assert run.find(address) == kept
+    with start("--models", "gs://pets/models/tiny") as process:
+        assert "fetch: gs://pets/models/tiny: its manifest.json does not exist" in process.communicate(timeout=60)[0]
+        assert process.returncode == 1
+    shutil.rmtree(kept)
 
 
 def test_killed_outright_it_leaves_no_process_either(tiny):
