@@ -35,7 +35,7 @@ help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 .PHONY: run
-run: $(VENV)/run ## both processes here; MODEL=name,path/to/bundle PORT=8080
+run: $(VENV)/run ## both processes here; MODEL=name,path/to/bundle,gs://bucket/bundle PORT=8080
 	@$(PY) -m local.run --models $(MODEL) --port $(PORT) --grpc-port $(GRPC_PORT) --since $(STARTED)
 
 .PHONY: predict
