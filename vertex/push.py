@@ -1,0 +1,48 @@
+"""An image made here into Artifact Registry, under a tag by its content."""
+
+import subprocess
+from collections.abc import Sequence
+
+from vertex.cloud import CloudError
+from vertex.settings import Settings
+
+PUSH_S = 3600
+
+
+def push(docker: str, image: str, s: Settings, dry: bool = False) -> str:
+    """Image here -> its address there. `dry`: only looks. Raises CloudError."""
+    if image.count("/") > 1:  # as it is
+        return image
+    build = "make images TORCH=cuda" if image.endswith("-cuda") else "make images"
+    words = _run([docker, "image", "inspect", "--format", "{{.Id}} {{.Architecture}}", image], f"not here: {build}")
+    identity, architecture = words.split()
+    if architecture != "amd64":
+        raise CloudError(
+            f"{image} is for {architecture}, Vertex AI is amd64: DOCKER_DEFAULT_PLATFORM=linux/amd64 {build}"
+        )
+    registry = f"{s.region}-docker.pkg.dev"
+    there = f"{registry}/{s.project}/{s.repository}/{image.rpartition('/')[2]}-{identity.removeprefix('sha256:')[:12]}"
+    if not dry:
+        _run(["gcloud", "auth", "configure-docker", registry, "--quiet"], "log in: gcloud auth login")
+        _run([docker, "tag", image, there], "see docker's message")
+        make = f"gcloud artifacts repositories create {s.repository} --repository-format=docker"
+        make += f" --location={s.region} --project={s.project}"
+        _run([docker, "push", "--quiet", there], f"log in (gcloud auth login), or make the repository: {make}")
+    return there
+
+
+def _run(command: Sequence[str], remedy: str) -> str:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=PUSH_S).stdout
+    except FileNotFoundError as exc:
+        where = (
+            "https://cloud.google.com/sdk/docs/install"
+            if command[0] == "gcloud"
+            else "https://docs.docker.com/get-docker/"
+        )
+        raise CloudError(f"needs {command[0]}: {where}") from exc
+    except subprocess.CalledProcessError as exc:
+        said = " ".join((exc.stderr or exc.stdout).split())[-300:]
+        raise CloudError(f"{' '.join(command[-2:])}: {said or 'failed'}: {remedy}") from exc
+    except subprocess.TimeoutExpired as exc:
+        raise CloudError(f"{' '.join(command[-2:])}: not done within {PUSH_S / 3600:.0f} h: try again") from exc
