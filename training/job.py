@@ -52,7 +52,7 @@ class Places:
 
     @property
     def base(self) -> str:
-        return self.model.rpartition("/")[0]
+        return os.path.dirname(self.model) or "."
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "Places":
