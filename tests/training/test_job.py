@@ -12,13 +12,15 @@ from pathlib import Path
 import psutil
 import pytest
 from learner import folder, save_transformer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bundle import manifest
 from bundle.remote import reason
 from local.processes import free_ports
-from training import job
+from training import job, progress
 from training.export import ONNX
 from training.job import Cluster, JobError, Trial
+from training.progress import Progress
 from training.sources import open_address
 
 ROOT = Path(__file__).parents[2]
@@ -225,6 +227,21 @@ def test_a_trial_tells_every_epoch_and_what_the_bundle_has(here, bucket, tmp_pat
     made, curve = result(bucket, tmp_path)
     assert told(file) == [*enumerate(curve["validation_accuracy"], 1), (3, made.metrics["validation"]["accuracy"])]
     assert made.name == "colours"
+    (tmp_path / "logs").mkdir()
+    for path in bucket.find("pets/runs/one/logs"):
+        bucket.get_file(path, str(tmp_path / "logs" / path.rsplit("/", 1)[1]))
+    scalars = EventAccumulator(str(tmp_path / "logs")).Reload()
+    assert [one.value for one in scalars.Scalars("validation/accuracy")] == pytest.approx(curve["validation_accuracy"])
+    assert [one.step for one in scalars.Scalars("train/loss")] == [*range(6)]
+
+
+def test_scalars_that_a_bucket_refuses_end_no_run(bucket, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY_S", 0)
+    with Progress("train", 2, scalars="gs://nobody/logs", quiet=True) as shown:
+        shown.scalar("loss", 1.0, 0)
+        shown.scalar("loss", 0.5, 1)
+    said = capsys.readouterr().err
+    assert "train: gs://nobody/logs: the scalars: does not exist: check the path, or the bucket's name" in said
 
 
 def test_the_metric_is_written_as_cloudml_hypertune_writes_it(tmp_path, monkeypatch):
@@ -305,6 +322,16 @@ def test_what_the_environment_lacks_is_said(here, monkeypatch, capsys):
     monkeypatch.delenv("AIP_MODEL_DIR")
     assert here() == 1
     assert "job: AIP_MODEL_DIR not set: Vertex AI sets them for a job with a base output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pool", ["workerpool0", "workerpool1"])
+def test_workers_that_do_not_meet_say_so(here, monkeypatch, capsys, pool):
+    port = free_ports(1)[0]
+    spec = {"cluster": {f"workerpool{i}": ["127.0.0.1:2222"] for i in range(2)}, "open_ports": [port]}
+    monkeypatch.setenv("CLUSTER_SPEC", json.dumps(spec | {"task": {"type": pool, "index": 0}}))
+    monkeypatch.setattr(job, "WAIT_S", 1)
+    assert here() == 1
+    assert f"job: the 2 workers did not meet at 127.0.0.1:{port} within 1 s" in capsys.readouterr().err
 
 
 def test_a_bucket_that_does_not_exist_is_found_before_the_work(here, monkeypatch, capsys):
