@@ -24,7 +24,7 @@ def console(cloud: Cloud, name: str) -> str:
 
 
 def gcloud(cloud: Cloud, name: str, verb: str) -> str:
-    """The gcloud command that does `verb` with the job."""
+    """`verb` on the job, as a command."""
     kind, s = "hp-tuning-jobs" if "hyperparameter" in name else "custom-jobs", cloud.settings
     return f"gcloud ai {kind} {verb} {name.rpartition('/')[2]} --region={s.region} --project={s.project}"
 

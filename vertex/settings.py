@@ -143,9 +143,7 @@ def _names(s: Settings) -> list[str]:
     wrong = []
     # https://docs.cloud.google.com/resource-manager/docs/creating-managing-projects
     if not re.fullmatch(r"([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]", s.project):
-        wrong.append(
-            f"project {s.project!r} is no project id: 6 to 30 of a-z, 0-9 and '-', as gcloud projects list says"
-        )
+        wrong.append(f"project {s.project!r} is no project id: 6 to 30 of a-z, 0-9 and '-'; see gcloud projects list")
     # https://docs.cloud.google.com/storage/docs/buckets#naming
     if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{1,61}[a-z0-9]", s.bucket):
         wrong.append(f"bucket {s.bucket!r} is no bucket's name: 3 to 63 of a-z, 0-9, '-', '_' and '.', without gs://")
