@@ -50,6 +50,10 @@ train: $(VENV)/train ## DATA=folder or gs://... to OUT=build/bundles/mine; QUICK
 evaluate: $(VENV)/train ## MODEL=bundle on DATA=folder; writes a report beside the bundle; CSV=file ARGS=...
 	@$(PY) -m training.evaluate $(BUNDLE) "$(or $(DATA),$(error DATA is not set: a folder with a folder of pictures a class))" $(if $(CSV),--csv "$(CSV)") $(ARGS)
 
+.PHONY: quantize
+quantize: $(VENV)/train ## MODEL=bundle in int8, with pictures from DATA=folder, to OUT=MODEL-int8; CSV=file ARGS=...
+	@$(PY) -m training.quantize $(BUNDLE) "$(or $(DATA),$(error DATA is not set: a folder with a folder of pictures a class))" $(if $(OUT),--out "$(OUT)") $(if $(CSV),--csv "$(CSV)") $(ARGS)
+
 .PHONY: bundle
 bundle: $(VENV)/run ## the default bundle anew; LITE=0, 1 or 2
 	@$(PY) -m training.dog_breeds build/bundles/dog-breeds --lite $(or $(LITE),0)

@@ -28,7 +28,7 @@ from training.data import SPLITS, Catalogue, Record, Split, shown
 from training.export import ONNX, onnx_runner
 from training.metrics import Predictions, some
 
-__all__ = ["Predictions", "calibrate", "folds", "judge", "main", "predict"]
+__all__ = ["Predictions", "answers", "calibrate", "folds", "judge", "main", "predict"]
 
 BATCH = 8  # pictures a call; ONNX Runtime gives the same bits for any number
 GATE_FAILED = 3
@@ -42,16 +42,33 @@ def predict(
     workers: int | None = None,
     progress: bool = True,
 ) -> Predictions:
-    """The bundle's logits for the split's pictures, without those kept out of evaluation.
+    """The bundle's logits for the split's pictures, without those kept out of evaluation, and their labels.
 
-    Through `bundle.picture.load` and ONNX Runtime, as the gateway and the model server do it,
-    in `workers` threads (both release the interpreter); memory holds a few batches. Raises
-    BundleError where the bundle would not be served, MetricError where the split has no
-    pictures, a class that the bundle does not know, or a picture that cannot be read.
+    Raises what `answers` does, and MetricError where the split has no pictures or a class that the bundle
+    does not know.
     """
     manifest = read(bundle)
     records = _records(catalogue, split)
     labels = known_labels(manifest, catalogue, records)
+    logits = answers(bundle, catalogue, records, workers=workers, progress=progress)
+    return Predictions(records, labels, logits, manifest.classes)
+
+
+def answers(
+    bundle: Path,
+    catalogue: Catalogue,
+    records: Sequence[Record],
+    *,
+    workers: int | None = None,
+    progress: bool = True,
+) -> NDArray[np.float32]:
+    """The bundle's logits for these pictures, float32 [N, C].
+
+    Through `bundle.picture.load` and ONNX Runtime, as the gateway and the model server do it,
+    in `workers` threads (both release the interpreter); memory holds a few batches. Raises
+    BundleError where the bundle would not be served, MetricError where a picture cannot be read.
+    """
+    manifest = read(bundle)
     manifest.input.check_pixels()
     run = onnx_runner(bundle / ONNX)
     golden.check(bundle, run, len(manifest.classes), manifest.tolerance)
@@ -68,9 +85,9 @@ def predict(
     logits = np.full((len(records), len(manifest.classes)), np.nan, np.float32)
     place = {record.key: i for i, record in enumerate(records)}
     pictures = shown(catalogue.pictures(records), len(records), "pictures evaluated", progress)
-    for batch, answers in _in_threads(answer, pictures, workers or whole_cpus()):
-        logits[[place[record.key] for record, _ in batch]] = answers
-    return Predictions(records, labels, logits, manifest.classes)
+    for batch, found in _in_threads(answer, pictures, workers or whole_cpus()):
+        logits[[place[record.key] for record, _ in batch]] = found
+    return logits
 
 
 def calibrate(predictions: Predictions, precision: float | None = None, top_k: int = 5) -> Decision:

@@ -76,7 +76,7 @@ def export(
             licence=licence,
             decision=decision or Decision(),
             metrics=metrics or {},
-            provenance={**_here(), **(provenance or {})},
+            provenance={**here(), **(provenance or {})},
         )
 
     return write(folder, make)
@@ -129,8 +129,8 @@ def _check_parity(module: nn.Module, folder: Path, pixels: Pixels) -> None:
             raise BundleError(f"{file}: its logits differ from the module's by {off:.3g}, more than {PARITY:g}")
 
 
-def _here() -> dict[str, Any]:
-    """What made it: commit, versions, machine."""
+def here() -> dict[str, Any]:
+    """What makes a bundle here: commit, versions, machine."""
     return {
         "commit": _commit(),
         "python": platform.python_version(),
