@@ -43,8 +43,8 @@ predict: $(VENV)/run ## PHOTO=x.jpg as a table, or DIR=folder to a CSV; MODEL=na
 	@$(PY) -m local.predict $(if $(PHOTO),--photo "$(PHOTO)") $(if $(DIR),--dir "$(DIR)") --url $(URL) $(if $(filter command line,$(origin MODEL)),--model $(MODEL))
 
 .PHONY: train
-train: $(VENV)/train ## DATA=folder or gs://... to OUT=build/bundles/mine; QUICK=1 CSV=file REQUIRE='accuracy>=0.9' ARGS=...
-	@$(PY) -m training.train "$(or $(DATA),$(error DATA is not set: a folder with a folder of pictures a class))" --out "$(or $(OUT),build/bundles/mine)" $(if $(QUICK),--quick) $(if $(CSV),--csv "$(CSV)") $(if $(REQUIRE),--require $(foreach r,$(REQUIRE),'$(r)')) $(ARGS)
+train: $(VENV)/train ## DATA=folder or gs://... to OUT=build/bundles/mine; QUICK=1 INT8=1 CSV=file REQUIRE='accuracy>=0.9' ARGS=...
+	@$(PY) -m training.train "$(or $(DATA),$(error DATA is not set: a folder with a folder of pictures a class))" --out "$(or $(OUT),build/bundles/mine)" $(if $(QUICK),--quick) $(if $(INT8),--int8) $(if $(CSV),--csv "$(CSV)") $(if $(REQUIRE),--require $(foreach r,$(REQUIRE),'$(r)')) $(ARGS)
 
 .PHONY: evaluate
 evaluate: $(VENV)/train ## MODEL=bundle on DATA=folder; writes a report beside the bundle; CSV=file ARGS=...

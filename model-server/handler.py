@@ -99,6 +99,10 @@ def torch_runner(folder: Path, device: str) -> golden.Run:
     import torch
     from torch.export.passes import move_to_device_pass
 
+    if not (folder / "model.pt2").exists():
+        raise manifest.BundleError(
+            "model.pt2: is missing, as in int8 bundles, which are for CPUs: on a GPU serve the fp32 one"
+        )
     program = move_to_device_pass(torch.export.load(folder / "model.pt2"), device).module()
 
     def run(pixels: Pixels) -> NDArray[np.float32]:

@@ -152,8 +152,8 @@ def quantize(
             judged = Judged.of(before, after, labels)
             unmet = judged.unmet()
             milliseconds = _milliseconds({"fp32": bundle / ONNX, "int8": candidate / ONNX}, pixels[:1])
-            attempt = {"fp32_convolutions": kept, **dataclasses.asdict(judged), "milliseconds": milliseconds}
-            report["attempts"].append(attempt | {"unmet": unmet})
+            attempt = {"fp32_convolutions": kept, **dataclasses.asdict(judged)}
+            report["attempts"].append(attempt | {"milliseconds": milliseconds, "unmet": unmet})
             said.append(f"the first {kept} convolutions in fp32: {judged}; {_speed(milliseconds)}")
             if not unmet:
                 final = dataclasses.replace(

@@ -35,7 +35,7 @@ from bundle import manifest, picture
 from bundle.cpus import whole_cpus
 from bundle.manifest import BundleError, Manifest
 from bundle.picture import Pixels
-from training import data, evaluate, gate, metrics, models, quick, report
+from training import data, evaluate, gate, metrics, models, quantize, quick, report
 from training.calibration import MetricError
 from training.checkpoint import CheckpointError, Checkpoints
 from training.data import Catalogue, DataError, Record
@@ -43,12 +43,16 @@ from training.export import export
 from training.gate import GateError
 from training.loop import Fitted, Machine, Ranks, Recipe, Terminated, TrainError, fit
 from training.models import Base, ModelError
+from training.quantize import QuantizeError
 
 GATE_FAILED = 3
 STOPPED = os.EX_TEMPFAIL  # 75
 GOLDEN = 8  # pictures of validation that the bundle carries with their answers
 FIRST = 20_000  # pictures whose features the head of a fine-tuning run begins with: more change it little
-REFUSALS = (BundleError, DataError, ModelError, TrainError, CheckpointError, GateError, MetricError, OSError)
+REFUSALS = (
+    *(BundleError, DataError, ModelError, TrainError, CheckpointError, GateError, MetricError, QuantizeError),
+    OSError,
+)
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,17 @@ class Job:
     require: tuple[str, ...]
     no_worse_than: Path | None
     folds: int
+    int8: bool
     checkpoints: str
     fresh: bool
     cache: Path
     validation: float
     test: float
     max_bad: float
+
+    @property
+    def out_int8(self) -> Path:
+        return Path(f"{self.out}-int8")
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,8 @@ def run(job: Job, recipe: Recipe, machine: Machine, ranks: Ranks, sigterm: _Sigt
         if not alone:
             return 0
     code = _finish(job, base, catalogue, recipe, ranks, fitted, checked)
+    if job.int8 and code == 0:
+        _to_int8(job, catalogue, machine)
     hooks.finished(Path(f"{job.out}.rejected") if code else job.out, code)
     if fitted and code == 0:
         checkpoints.clear()
@@ -263,6 +274,15 @@ def _finish(
     return GATE_FAILED if unmet else 0
 
 
+def _to_int8(job: Job, catalogue: Catalogue, machine: Machine) -> None:
+    try:
+        _, said = quantize.quantize(job.out, job.out_int8, catalogue, progress=not machine.quiet)
+    except QuantizeError as exc:  # the fp32 bundle is there, and good
+        said = [f"there is no int8: {exc}"]
+    for sentence in said:
+        print(f"train: {sentence}")
+
+
 def _catalogue(job: Job, machine: Machine, ranks: Ranks) -> Catalogue:
     """Read by the first process, sent to the others."""
     found: list[Catalogue | None] = [None]
@@ -284,10 +304,10 @@ def _catalogue(job: Job, machine: Machine, ranks: Ranks) -> Catalogue:
 
 def _check_output(job: Job) -> None:
     """What would be found out only at the end otherwise."""
-    for folder in (job.out, Path(f"{job.out}.rejected")):
+    for folder in (job.out, Path(f"{job.out}.rejected"), *([job.out_int8] if job.int8 else [])):
         manifest.check_target(folder)
     try:
-        Manifest(job.name, job.version or "v", ("a", "b"), typing.cast(Any, None), "")
+        Manifest(job.name, (job.version or "v") + "-int8" * job.int8, ("a", "b"), typing.cast(Any, None), "")
     except ValueError as exc:
         raise BundleError(f"the bundle's {exc}") from exc
     if job.no_worse_than:
@@ -297,9 +317,11 @@ def _check_output(job: Job) -> None:
 
 
 def _check_questions(job: Job, catalogue: Catalogue) -> None:
-    """What is asked about the result must have an answer with this data. Raises GateError or MetricError."""
+    """What is asked about the result must have an answer with this data. Raises the error of whoever asks."""
     for text in job.require:
         gate.parse(text, catalogue.classes)
+    if job.int8:
+        quantize.parts(catalogue)
     if job.no_worse_than:
         evaluate.known_labels(manifest.read(job.no_worse_than), catalogue, catalogue.of("validation", evaluation=True))
     if job.folds:
@@ -401,6 +423,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Job, Recipe, Machine]:
     parser.add_argument("--require", nargs="+", action="extend", default=[], metavar="METRIC>=VALUE")
     parser.add_argument("--no-worse-than", type=Path, metavar="BUNDLE", help="tested on the same pictures")
     parser.add_argument("--folds", type=int, default=0, help="also cross-validate so many times, with --quick")
+    parser.add_argument("--int8", action="store_true", help="also OUT-int8, if it answers as OUT does")
     parser.add_argument("--checkpoints", default="", help="folder or gs://; OUT.checkpoints if left out")
     parser.add_argument("--fresh", action="store_true", help="begin anew where a checkpoint is")
     parser.add_argument("--cache", type=Path, default=Path("build/cache"), help="folder for features, between runs")
