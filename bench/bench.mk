@@ -1,0 +1,3 @@
+.PHONY: bench
+bench: $(VENV)/train build/bundles/dog-breeds/manifest.json ## how fast, against what; QUICK=1 five minutes; DATA=folder of photographs, ARGS=...
+	@$(PY) -m bench $(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)") $(ARGS)

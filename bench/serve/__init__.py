@@ -1,0 +1,1 @@
+"""The contenders, each as its own guide shows it."""
