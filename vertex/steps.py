@@ -193,7 +193,7 @@ def _session(endpoint: str) -> Callable[..., dict[str, Any]]:
     from google.auth.transport.requests import AuthorizedSession
 
     try:
-        session: Any = AuthorizedSession(google.auth.default(scopes=[SCOPE])[0])  # type: ignore[no-untyped-call]
+        session: Any = AuthorizedSession(google.auth.default(scopes=[SCOPE])[0])
     except GoogleAuthError as exc:
         raise StepError(f"{endpoint}: no login for it ({exc}): run `gcloud auth application-default login`") from exc
 
