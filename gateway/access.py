@@ -41,8 +41,8 @@ class Access:
         self._keys, self._rate = keys, rate
         self._limiter = MovingWindowRateLimiter(MemoryStorage()) if rate else None
 
-    def check(self, request: Request) -> None:
-        """Raises Unauthorized or TooManyRequests."""
+    def check(self, request: Request) -> str:
+        """The client: its key's number, or its address. Raises Unauthorized or TooManyRequests."""
         client = request.remote_addr or ""
         if self._keys:
             client = self._check_key(request)
@@ -50,6 +50,7 @@ class Access:
             reset = self._limiter.get_window_stats(self._rate, client).reset_time
             wait = max(1, math.ceil(reset - time.time()))
             raise TooManyRequests(f"more than {self._rate} from you: wait {wait} s", retry_after=wait)
+        return client
 
     def _check_key(self, request: Request) -> str:
         """The key's number. Given as X-API-Key, or as a password, for which browsers ask by themselves."""

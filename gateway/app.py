@@ -20,6 +20,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from bundle.cpus import whole_cpus
 from gateway import access, errors, schemas, telemetry
+from gateway.admission import Admission
 from gateway.body import CUT_OFF, READ_SECONDS, TOO_LARGE, Body
 from gateway.client import Client, Split
 from gateway.errors import Problem
@@ -59,6 +60,7 @@ class Gateway:
         if settings.canary:
             canary = self._client(settings.canary)
             client = Split(main, canary, settings.canary_share, telemetry.CANARY_FAILURES.inc)
+        self.admission = Admission(settings.in_flight, settings.late_seconds)
         decoding = threading.Semaphore(whole_cpus())
         self.models = {name: Model(name, client, decoding, settings.max_pixels) for name in settings.models}
         self.several = ThreadPoolExecutor(min(8, settings.in_flight), "instances")
@@ -210,6 +212,7 @@ def _predict(model: Model, pictures: list[bytes], top_k: int | None, where: str 
     gateway = _gateway()
     if top_k and top_k > (most := len(model.manifest(g.deadline).classes)):
         raise errors.BadRequest(f"top_k: {top_k} is more than the {most} classes of {model.name}: send 1 to {most}")
+    g.place.holds(len(pictures))
     stages, deadline, request_id = g.stages, g.deadline, g.request_id
 
     def ask(data: bytes) -> Any:
@@ -274,10 +277,14 @@ def _begin() -> None:
     settings = _gateway().settings
     asks = request.path.startswith(("/predict", "/v1/")) or request.path == settings.predict_route
     if asks and request.path != settings.health_route:
-        _gateway().access.check(request)
+        client = _gateway().access.check(request)
+        if request.method == "POST":  # before the body is parsed: refusing must cost little
+            g.place = _gateway().admission.enter(client)
 
 
 def _finish(response: Response) -> Response:
+    if "place" in g:
+        g.place.leave(tells=response.status_code == 200 or g.get("timed_out", False))
     response.headers["X-Request-Id"] = g.request_id
     response.headers["X-Content-Type-Options"] = "nosniff"
     route = request.url_rule.rule if request.url_rule else "other"
@@ -302,6 +309,7 @@ def _finish(response: Response) -> Response:
 
 def _problem(problem: Problem) -> Response:
     g.problem = {"problem": problem.detail} | ({"cause": problem.cause} if problem.cause else {})
+    g.timed_out = isinstance(problem, errors.TimedOut)
     details = schemas.ProblemDetails(
         type=problem.type, title=problem.title, status=problem.status, detail=problem.detail, request_id=g.request_id
     )

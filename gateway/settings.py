@@ -24,7 +24,8 @@ class Settings:
     port: int = 8080
     processes: int = 0  # 0: one a CPU
     threads: int = 64  # a process: calls wait for the model server, not for the CPU
-    in_flight: int = 48  # calls to the model server a process; more are refused at once
+    in_flight: int = 48  # pictures a process takes at a time, at most; more are refused at once
+    late_seconds: float = 0.6  # answers later than that: fewer pictures at a time are taken, see gateway/admission.py
     deadline_seconds: float = 5.0  # from a request's arrival to its answer
     # One call to the model server, waiting there included. TorchServe queues calls without a word while
     # its workers load; who waits longer than this is told to come back. As the model server's.
