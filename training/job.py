@@ -3,7 +3,7 @@
     python -m training.job DATA [options of training.train but --out, --checkpoints, --scalars and --cache]
 
 Reads the variables that Vertex AI sets for a job with a base output directory:
-https://cloud.google.com/vertex-ai/docs/training/code-requirements#environment-variables
+https://cloud.google.com/vertex-ai/docs/training/code-requirements
 
     AIP_MODEL_DIR             gs://bucket/base/model/: where the bundle goes, manifest.json last. Beside it, in the
                               base, go report.html, report.json and curve.json; the bundle that failed the gate
@@ -70,7 +70,7 @@ class Places:
 class Cluster:
     """The workers of a job: this one's number, from 0, how many there are, and where they meet.
 
-    From CLUSTER_SPEC: https://cloud.google.com/vertex-ai/docs/training/distributed-training#cluster-variables
+    From CLUSTER_SPEC: https://cloud.google.com/vertex-ai/docs/training/distributed-training
     Worker 0 is the one replica of workerpool0, whose end is the job's.
     """
 
@@ -182,24 +182,22 @@ def _train(arguments: list[str], places: Places) -> int:
     from training.publish import publish, put
 
     trial = Trial.from_environment(os.environ)
-    epochs = 0
 
     def judged(epoch: int, accuracy: float) -> None:
-        nonlocal epochs
-        epochs = epoch
         if trial:
             trial.report(accuracy, epoch)
 
     def finished(bundle: Path, code: int) -> None:
-        report = out.with_name("model.report.json")
         for kind in ("report.html", "report.json", "curve.json"):
-            if (file := out.with_name(f"model.{kind}")).exists():
+            if (file := Path(f"{out}.{kind}")).exists():
                 put(file, f"{places.base}/{kind}")
         target = f"{places.base}/rejected" if code == train.GATE_FAILED else places.model
         made = publish(bundle, target)
         print(f"job: {target} is {made.name} {made.version}, sha256={made.digest}")
-        if trial:
-            trial.report(json.loads(report.read_text())[METRIC], epochs + 1)
+        if trial:  # once more, as the bundle has it; the last report is the trial's
+            curve = Path(f"{out}.curve.json")
+            epochs = len(json.loads(curve.read_text())["validation_accuracy"]) if curve.exists() else 0
+            trial.report(made.metrics["validation"][METRIC], epochs + 1)
 
     with tempfile.TemporaryDirectory(prefix="job-") as scratch:
         out = Path(scratch) / "model"
@@ -214,7 +212,7 @@ class Trial:
 
     Written as cloudml-hypertune 0.1.0.dev6 writes it, one JSON object a line, every value a string but the
     time. That package has no wheel, crashes where the path has no folder, and begins the file anew in every
-    process. https://cloud.google.com/vertex-ai/docs/training/code-requirements#hp-tuning-metric
+    process. https://cloud.google.com/vertex-ai/docs/training/using-hyperparameter-tuning
     """
 
     file: Path
