@@ -67,8 +67,10 @@ def test_parameters_may_come_as_protobuf_writes_them(client):
     assert client.post(JSON, json={"instances": instances, "parameters": {"top_k": 2.5}}).status_code == 400
 
 
-@pytest.mark.parametrize("predict", ["/v1/endpoints/1/deployedModels/2:predict", "/predict", "/ask"])
-@pytest.mark.parametrize("health", ["/v1/endpoints/1/deployedModels/2", "/healthz"])
+@pytest.mark.parametrize(
+    "predict", ["/v1/endpoints/1/deployedModels/2:predict", "/v1/models/default:predict", "/predict"]
+)
+@pytest.mark.parametrize("health", ["/v1/endpoints/1/deployedModels/2", "/healthz", "/readyz"])
 def test_another_platforms_routes_lead_to_readiness_and_to_the_default_model(
     torchserve, tiny, tmp_path, health, predict
 ):
