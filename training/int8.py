@@ -32,7 +32,7 @@ LEVELS, LEVELS_DEPTHWISE = 64, 127  # steps from 0 to the largest weight of a ch
 
 
 def to_int8(source: Path, target: Path, pixels: Pixels, kept: int) -> None:
-    """Write the graph `source` in int8, its first `kept` convolutions in fp32 (of a smaller network half at most).
+    """Write the graph `source` in int8, the first `kept` of `weighted` and the last one in fp32.
 
     pixels: uint8 [N, H, W, 3], calibration's.
     """
@@ -40,7 +40,6 @@ def to_int8(source: Path, target: Path, pixels: Pixels, kept: int) -> None:
     for i, node in enumerate(model.graph.node):
         node.name = node.name or f"node_{i}"
     *nodes, classifier = weighted(model.graph)
-    kept = min(kept, len(nodes) // 2)
     first, rest = nodes[:kept], nodes[kept:]
     depthwise = [node for node in rest if _is_depthwise(node, model.graph)]
     _put_back(model, source, rest, pixels)

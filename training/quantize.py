@@ -144,7 +144,8 @@ def quantize(
     made, unmet, said = None, ["nothing was tried"], []
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        for kept in FIRST:
+        most = (len(weighted(onnx.load(bundle / ONNX).graph)) - 1) // 2  # of a small network half
+        for kept in dict.fromkeys(min(first, most) for first in FIRST):
             candidate = Path(scratch) / f"{kept}"
             provenance = {"from": base.digest, "calibration": calibration, "fp32_convolutions": kept}
             undecided = manifest.write(candidate, _Maker(bundle, base, pixels, kept, provenance))

@@ -86,6 +86,21 @@ def test_a_failed_gate_keeps_bundle_and_report_aside(data, model, tmp_path, caps
 
 
 @pytest.mark.slow
+def test_int8_comes_beside_the_bundle_or_is_said_not_to(model, tmp_path, capsys):
+    """What is within the bounds is tested in test_quantize; a network as good as untrained may be on either side."""
+    out = tmp_path / "colours"
+    pictures = folder(tmp_path / "pictures", NAMES, train=10, validation=12)
+    assert start(pictures, out, "--quick", "--model", str(model), "--int8") == 0
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "colours-int8.quantize.json").read_text())
+    assert report["from"]["digest"] == manifest.read(out).digest
+    assert report["attempts"][-1]["pictures"] == 36
+    assert report["calibration"]["pictures"] == 30
+    assert (f"train: int8 is {'kept' if report['kept'] else 'not kept'}") in said
+    assert (tmp_path / "colours-int8").exists() == bool(report["kept"])
+
+
+@pytest.mark.slow
 def test_stopped_by_sigterm_it_goes_on(data, model, tmp_path, capsys):
     """Fine-tuning, ended by SIGTERM in the loop, gives what it gives undisturbed, to the bit."""
     settings = ["--model", str(model), "--epochs", "10", "--batch", "6", "--checkpoint-every", "1000", "--name", "c"]
@@ -158,6 +173,7 @@ def test_bad_data_is_refused_before_any_work(tmp_path, data, capsys, idle):
     assert "one class only" in refused(capsys, str(tmp_path / "one"), "--out", out)
     assert "no metric beauty" in refused(capsys, str(data), "--out", out, "--require", "beauty>=1")
     assert "folds must be 2 to" in refused(capsys, str(data), "--out", out, "--quick", "--folds", "1000")
+    assert "18 in validation and test to judge on" in refused(capsys, str(data), "--out", out, "--int8")
     tiny_bundle(tmp_path / "other", ("cat", "dog", "red"))
     sentence = refused(capsys, str(data), "--out", out, "--no-worse-than", str(tmp_path / "other"))
     assert "does not know" in sentence
