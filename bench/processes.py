@@ -24,6 +24,7 @@ ROLES = {
     "spawn_main": "worker",
     "gunicorn": "worker",
     "bentoml_impl.worker": "worker",
+    "bin/bentoml": "others",
     "mosec_app": "others",
     "mosec/bin": "HTTP",
     "litserve_app": "HTTP",
