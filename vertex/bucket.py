@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+from google.cloud.storage.retry import DEFAULT_RETRY
 
 from bundle import manifest
 from bundle.manifest import MANIFEST, BundleError, Manifest
@@ -19,6 +20,7 @@ from vertex.cloud import Cloud, CloudError
 
 AT_ONCE = 16
 FILE_S = 300
+RETRY_S = 120.0  # a request that fails in passing is tried again for so long
 PROGRESS_S = 2.0
 REPORTS = ("report.html", "report.json", "curve.json")
 
@@ -120,10 +122,12 @@ def _bucket(cloud: Cloud) -> Any:
 
 
 def _send(cloud: Cloud, bucket: Any, name: str, path: Path) -> int:
-    """An object appears when it is whole; the library tries again for two minutes where the bucket does not answer."""
+    """An object appears when it is whole."""
     with cloud.explained(f"sending {path} to gs://{bucket.name}/{name}"):
         try:
-            bucket.blob(name).upload_from_filename(str(path), timeout=FILE_S, checksum="crc32c")
+            bucket.blob(name).upload_from_filename(
+                str(path), timeout=FILE_S, checksum="crc32c", retry=DEFAULT_RETRY.with_timeout(RETRY_S)
+            )
             return path.stat().st_size
         except OSError as exc:
             if isinstance(exc, ConnectionError) or not exc.strerror:

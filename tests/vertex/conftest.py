@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -9,14 +11,19 @@ from http.server import HTTPServer
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from gcp_storage_emulator.server import RequestHandler, create_server
 from google.cloud import storage
-from standin import ROOT, StandIn
+from standin import PYTHON, ROOT, StandIn
 
 from vertex.__main__ import main
+
+# Always the same examples, and nothing kept of them.
+hypothesis.settings.register_profile("kennel", database=None, derandomize=True, deadline=None)
+hypothesis.settings.load_profile("kennel")
 
 BUCKET = "zoo-42-kennel"
 SETTINGS = {"PROJECT": "zoo-42", "REGION": "europe-west4", "BUCKET": BUCKET, "REPOSITORY": "images"}
@@ -125,13 +132,49 @@ def vertex(standin: StandIn, login: Path, settings_file: Path) -> Callable[..., 
     return run
 
 
+def in_training(code: str) -> None:
+    """In training's own environment, which can draw and has torch."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    subprocess.run([PYTHON, "-c", f"from pathlib import Path\n{code}"], check=True, env=environment, timeout=120)
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Drawn pictures of three classes in a folder, by training's own environment, which can draw them."""
-    import subprocess
-
+    """Drawn pictures of three classes, in a folder."""
     folder = tmp_path_factory.mktemp("pictures") / "colours"
-    code = f"from pathlib import Path; from learner import folder; folder(Path({str(folder)!r}), train=8, validation=4)"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
-    subprocess.run([ROOT / ".venv/bin/python", "-c", code], check=True, env=environment, timeout=120)
+    in_training(f"import learner; learner.folder(Path({str(folder)!r}), train=8, validation=4)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def network(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny classifier to fine-tune, as transformers stores one."""
+    folder = tmp_path_factory.mktemp("network") / "tiny"
+    in_training(f"import learner; learner.save_transformer(Path({str(folder)!r}), 'resnet')")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle."""
+    folder = tmp_path_factory.mktemp("bundles") / "colours"
+    what = f"Path({str(folder)!r}), drawn.CLASSES, manifest.Decision()"
+    in_training(f"import drawn; from bundle import manifest; drawn.bundle_of({what})")
+    return folder
+
+
+@pytest.fixture
+def publishing(standin: StandIn, colours: Path, tmp_path: Path) -> Path:
+    """Makes the stand-in's containers leave `colours` where a job's bundle goes, within a second or two."""
+    program = tmp_path / "publish"
+    program.write_text(f"""#!{sys.executable}
+import os, pathlib
+from google.cloud import storage
+_, _, name, prefix = os.environ["AIP_MODEL_DIR"].rstrip("/").split("/", 3)
+print("publishing", flush=True)
+for path in sorted(pathlib.Path({str(colours)!r}).iterdir(), key=lambda path: path.name == "manifest.json"):
+    storage.Client(project="x").bucket(name).blob(prefix + "/" + path.name).upload_from_filename(str(path))
+""")
+    program.chmod(0o755)
+    standin.python = str(program)
+    return program

@@ -324,6 +324,7 @@ class StandIn:
                     refuse(endpoint.traffic_split[request.deployed_model_id], "the model still gets traffic")
                     del endpoint.deployed_models[:]
                     endpoint.deployed_models.extend(left)
+                    del endpoint.traffic_split[request.deployed_model_id]
                 answer = {"@type": _type("UndeployModelResponse")}
                 return self._operation(endpoint.name, "UndeployModelOperationMetadata", answer)
             case "POST", "customJobs/N:cancel" | "hyperparameterTuningJobs/N:cancel":
