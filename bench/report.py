@@ -196,7 +196,7 @@ def text(book: Book) -> str:
     """The table for the terminal, and where it was measured."""
     lines = [
         where(book),
-        f"{'':34} {'images/s, 32 clients':>24} {'CPU ms an image':>16} {'p50, 1 client':>14} {'n':>3}",
+        f"{'':34} {'images/s, 32 clients':>28} {'CPU ms an image':>16} {'p50, 1 client':>14} {'n':>3}",
     ]
     for name in ranked(book):
         if reason := book.error(name):
@@ -206,8 +206,8 @@ def text(book: Book) -> str:
         cpu = book.total(name, cases.MANY.name, "cpu_ms")
         one = book.spread(name, cases.ONE.name, "p50_ms")
         lines.append(
-            f"{name:34} {_range(speed, 1):>24} {_number(_median(cpu), 1):>16} {_number(_median(one), 1):>14} "
-            f"{speed.n if speed else 0:>3}   " + ", ".join(f"{k} {v:.1f}" for k, v in cpu_parts(book, name).items())
+            f"{name:34} {_range(speed, 1):>28} {_number(_median(cpu), 1):>16} {_number(_median(one), 1):>14} "
+            "   " + ", ".join(f"{k} {v:.1f}" for k, v in cpu_parts(book, name).items())
         )
     lines += ["", *(f"{_mark(b.met):9} {b.text}: {b.found}" for b in bounds(book))]
     return "\n".join(lines)
@@ -319,9 +319,8 @@ def _number(found: float | None, digits: int = 0) -> str:
 
 
 def _range(found: Spread | None, digits: int = 0) -> str:
-    """Median (lowest to highest)."""
+    """Median (lowest to highest, n rounds)."""
     if found is None:
         return UNKNOWN
-    if found.n == 1:
-        return _number(found.median, digits)
-    return f"{_number(found.median, digits)} ({_number(found.low, digits)} to {_number(found.high, digits)})"
+    middle, low, high = (_number(value, digits) for value in (found.median, found.low, found.high))
+    return f"{middle} ({low} to {high}, n {found.n})" if found.n > 1 else f"{middle} (n 1)"

@@ -158,7 +158,7 @@ def test_the_page_shows_what_was_recorded(measured: Book) -> None:
     assert "<EPYC>" not in html
     assert page.addresses == ["data:,"]  # no other host
     assert "CPU an image, all processes, 32 clients" in page.charts
-    assert re.search(r"80\.0 \(72\.0 to 88\.0\)", html)
+    assert re.search(r"80\.0 \(72\.0 to 88\.0, n 3\)", html)
     assert "worker: 14.0 ms" in html
 
 
@@ -166,7 +166,7 @@ def test_the_table_for_the_terminal(measured: Book) -> None:
     text = report.text(measured)
     assert "AMD <EPYC>, 2 CPUs" in text
     [ours] = [line for line in text.splitlines() if line.startswith("ours  ")]
-    assert "80.0 (72.0 to 88.0)" in ours
+    assert "80.0 (72.0 to 88.0, n 3)" in ours
     assert "worker 14.0, gateway 7.0, JVM 3.0" in ours
     assert "BentoML, ONNX Runtime              not measured: pip could not install <it>" in text
     assert text.count("NOT MET") == 6
