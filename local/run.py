@@ -43,11 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     log.parent.mkdir(exist_ok=True)
     try:
         bundles = [find(model) for model in args.models.split(",")]
+        names = [read(path).name for path in bundles]
+        if twice := next((name for name in names if names.count(name) > 1), ""):
+            raise SystemExit(f"run: two bundles are named {twice!r}, perhaps fp32 and int8 of one: serve them in turn")
         for port, setting in ((args.port, "PORT"), (args.grpc_port, "GRPC_PORT")):
             check_free(port, setting)
-        print(
-            f"Starting {', '.join(read(path).name for path in bundles)}; the log is {log.relative_to(ROOT)}", flush=True
-        )
+        print(f"Starting {', '.join(names)}; the log is {log.relative_to(ROOT)}", flush=True)
         with log.open("wb") as output, running(bundles, args.port, args.grpc_port, output) as kennel:
             label = first_answer(kennel.url)
             print(

@@ -117,6 +117,14 @@ def test_a_bundle_that_does_not_exist_or_is_damaged_is_named(tiny, tmp_path):
         assert process.returncode == 1
 
 
+def test_two_bundles_of_one_name_are_refused(tiny, tmp_path):
+    tiny_bundle(tmp_path / "other", version="2")
+    with start("--models", f"{tiny},{tmp_path / 'other'}") as process:
+        printed = process.communicate(timeout=30)[0]
+    assert process.returncode == 1
+    assert "two bundles are named 'tiny'" in printed
+
+
 def test_a_photo_is_answered_as_a_table(gateway, tmp_path, capsys):
     (tmp_path / "x.png").write_bytes(picture("green"))
     predict.main(["--photo", str(tmp_path / "x.png"), "--url", gateway.url, "--model", "tiny"])
