@@ -1,6 +1,7 @@
 """Runs the contenders in rounds, each alone on the machine, and writes results and page: `make bench`."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from PIL import Image
+from PIL import Image, ImageOps
 
 from bench import cases, contenders, figures, processes, report, results
 from bench.cases import Case
 from bench.contenders import HOME, Contender, Failed, Server
 from bundle.cpus import whole_cpus
 from bundle.golden import draw
+from bundle.manifest import BundleError
 from bundle.manifest import read as read_bundle
 from local.processes import ROOT
 from local.run import BUNDLES, DEFAULT
@@ -252,9 +254,9 @@ def photographs(folder: Path | None) -> dict[str, list[Path]]:
     images = images or [Image.fromarray(pixels) for pixels in draw(PHOTOS, SMALL[1], SMALL[0], seed=11)]
     small = []
     for i, image in enumerate(images):
-        image.resize(SMALL, Image.Resampling.LANCZOS).save(path := target / f"small-{i}.jpg", quality=80)
+        ImageOps.fit(image, SMALL, Image.Resampling.LANCZOS).save(path := target / f"small-{i}.jpg", quality=80)
         small.append(path)
-    images[0].resize(LARGE, Image.Resampling.BICUBIC).save(large := target / "large-0.jpg", quality=90)
+    ImageOps.fit(images[0], LARGE, Image.Resampling.BICUBIC).save(large := target / "large-0.jpg", quality=90)
     return {"small": small, "large": [large]}
 
 
@@ -263,8 +265,10 @@ def prepare(chosen: Sequence[Contender]) -> dict[str, str]:
     broken = {}
     failed: dict[str, str] = {}
     for contender in chosen:
-        if not (BUNDLES / contender.bundle / "manifest.json").exists():
-            broken[contender.name] = f"there is no build/bundles/{contender.bundle}"
+        try:
+            read_bundle(BUNDLES / contender.bundle)
+        except BundleError as exc:
+            broken[contender.name] = str(exc)
             continue
         try:
             if contender.environment not in failed:
@@ -290,11 +294,10 @@ def identity(
     )
     flags = {flag for line in _cpuinfo() if line.startswith("flags") for flag in line.split()}
     wide = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if flag in flags]
-    bundles = {
-        name: read_bundle(BUNDLES / name).digest[:12]
-        for name in {c.bundle for c in chosen}
-        if (BUNDLES / name).exists()
-    }
+    bundles = {}
+    for name in sorted({contender.bundle for contender in chosen}):
+        with contextlib.suppress(BundleError):  # told by `prepare`
+            bundles[name] = read_bundle(BUNDLES / name).digest[:12]
     return {
         "commit": git.stdout.strip() or "unknown",
         "machine": {

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -239,10 +240,13 @@ def tail(log: Path) -> str:
 def ask(url: str, what: Body, timeout: float = 20) -> list[dict[str, Any]]:
     """The top answers, the best first. Raises OSError or ValueError where there are none."""
     request = urllib.request.Request(url, what.path.read_bytes(), {"Content-Type": what.content_type})
-    with urllib.request.urlopen(request, timeout=timeout) as response:
-        answer = json.load(response)
-    answer = answer["predictions"][0] if "predictions" in answer else answer
-    top: list[dict[str, Any]] = answer["top"]
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            answer = json.load(response)
+        answer = answer["predictions"][0] if "predictions" in answer else answer
+        top: list[dict[str, Any]] = answer["top"]
+    except (http.client.HTTPException, LookupError, TypeError) as exc:
+        raise ValueError(f"no answer that can be read ({exc!r})") from exc
     return top
 
 

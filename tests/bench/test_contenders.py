@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 from servers import gone
+from tiny import tiny_bundle
 
 from bench import __main__ as bench
 from bench import contenders, results
@@ -101,15 +102,12 @@ def test_what_is_not_there_is_reported_beforehand(home: Path, monkeypatch: pytes
         raise Failed(f"{environment}: pip could not install it")
 
     monkeypatch.setattr(contenders, "install", install)
-    (home / "bundle").mkdir()
-    (home / "bundle" / "manifest.json").touch()
+    tiny_bundle(home / "bundle")
     monkeypatch.setattr(bench, "BUNDLES", home)
-    chosen = [Contender("a", "", "nowhere", bundle="bundle"), Contender("b", "", bundle="no-such-bundle")]
-    assert bench.prepare([*chosen, Contender("c", "", "nowhere", bundle="bundle")]) == {
-        "a": "nowhere: pip could not install it",
-        "b": "there is no build/bundles/no-such-bundle",
-        "c": "nowhere: pip could not install it",
-    }
+    chosen = [Contender(name, "", "nowhere", bundle="bundle") for name in ("a", "b")]
+    broken = bench.prepare([*chosen, Contender("c", "", bundle="no-such-bundle")])
+    assert broken.pop("c").startswith(f"{home}/no-such-bundle: is no bundle")
+    assert broken == dict.fromkeys(("a", "b"), "nowhere: pip could not install it")
 
 
 @pytest.mark.parametrize("kind", ["raw", "base64", "instances"])
