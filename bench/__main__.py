@@ -44,6 +44,7 @@ class Visit:
 
 IN_QUICK = ("limit", "ours", "Flask, ONNX Runtime", "LitServe, ONNX Runtime")
 FASTEST = 3
+WARM_UP, QUICK_WARM_UP = 12, 6  # seconds of 32 clients; a JVM takes a thousand calls to become fast
 ROUNDS = 5
 
 
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         book.add(name, 0, "start", {"error": reason})
     able = [c for c in chosen if c.name not in broken]
     for visit in plan(able, args.quick, args.rounds, bool(names), book):
-        pay(visit, photos, book, warm_up=6 if args.quick else 12)
+        pay(visit, photos, book, warm_up=QUICK_WARM_UP if args.quick else WARM_UP)
         report.write(book, HOME)
     book.finish()
     print(f"\n{report.text(book)}\n\n{HOME / 'report.html'}\n{HOME / 'report.json'}", flush=True)
