@@ -18,7 +18,7 @@ from bundle import manifest
 from bundle.manifest import MANIFEST, BundleError, Manifest
 from vertex.cloud import Cloud, CloudError
 
-AT_ONCE = 16
+AT_ONCE = 10  # as many connections as the library keeps
 FILE_S = 300
 RETRY_S = 120.0  # a request that fails in passing is tried again for so long
 PROGRESS_S = 2.0

@@ -71,9 +71,17 @@ def test_clothes_here_become_a_bundle_here(
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_goes_on_from_the_buckets_checkpoint(
-    vertex: Callable[..., int], standin: StandIn, bucket: Any, pictures: Path, network: str, tmp_path: Path
+    vertex: Callable[..., int],
+    standin: StandIn,
+    emulator: Emulator,
+    bucket: Any,
+    pictures: Path,
+    network: str,
+    tmp_path: Path,
 ) -> None:
-    long = ["--model", network, "--epochs", "6", "--batch", "3", "--checkpoint-every", "0", *SMALL]
+    states: list[str] = []  # checkpoints that were read
+    emulator.fault = lambda _, path, __: states.append(path) if "state-" in path and "alt=media" in path else None
+    long = ["--model", network, "--epochs", "4", "--batch", "3", "--checkpoint-every", "0", *SMALL]
     results = []
     for name in ("undisturbed", "killed"):
         out = tmp_path / name
@@ -87,6 +95,8 @@ def test_a_worker_that_is_killed_goes_on_from_the_buckets_checkpoint(
         thread.join(180)
         assert codes == [0]
         results.append(manifest.read(out))
+    assert states
+    assert all("killed" in path for path in states)
     runs = list(standin.runs.values())
     assert [run.restarts for run in runs] == [0, 1]
     assert results[0].files["model.onnx"] == results[1].files["model.onnx"]
