@@ -95,6 +95,8 @@ def _put_back(model: Any, path: Path, nodes: Sequence[Any], pixels: Pixels) -> N
     """
     graph = model.graph
     nodes = [node for node in nodes if node.op_type == "Conv" and len(node.input) == 3]
+    if not nodes:
+        return
     biases = {tensor.name: tensor for tensor in graph.initializer}
     means = _means(path, sorted({node.input[0] for node in nodes}), pixels)
     for node in nodes:

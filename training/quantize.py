@@ -44,7 +44,7 @@ AGREE = 0.97  # share of the pictures that must get the same top answer
 FEWEST_JUDGED = 34  # of fewer, a single one would be more than 3%
 FEWEST, MOST = 16, 128  # pictures that ranges are taken from; 400 gave no better ones than 128
 NOT_KEPT = 3
-# Convolutions from the first that stay fp32: tried in this order until one is within the bounds.
+# Layers from the first that stay fp32: tried in this order until one is within the bounds.
 FIRST = (3, 6, 12)
 TIMED = 20  # calls, of which the median is told
 
@@ -147,15 +147,15 @@ def quantize(
         most = (len(weighted(onnx.load(bundle / ONNX).graph)) - 1) // 2  # of a small network half
         for kept in dict.fromkeys(min(first, most) for first in FIRST):
             candidate = Path(scratch) / f"{kept}"
-            provenance = {"from": base.digest, "calibration": calibration, "fp32_convolutions": kept}
+            provenance = {"from": base.digest, "calibration": calibration, "fp32_layers": kept}
             undecided = manifest.write(candidate, _Maker(bundle, base, pixels, kept, provenance))
             after = evaluate.answers(candidate, catalogue, judging, progress=progress)
             judged = Judged.of(before, after, labels)
             unmet = judged.unmet()
             milliseconds = _milliseconds({"fp32": bundle / ONNX, "int8": candidate / ONNX}, pixels[:1])
-            attempt = {"fp32_convolutions": kept, **dataclasses.asdict(judged)}
+            attempt = {"fp32_layers": kept, **dataclasses.asdict(judged)}
             report["attempts"].append(attempt | {"milliseconds": milliseconds, "unmet": unmet})
-            said.append(f"the first {kept} convolutions in fp32: {judged}; {_speed(milliseconds)}")
+            said.append(f"the first {kept} layers in fp32: {judged}; {_speed(milliseconds)}")
             if not unmet:
                 final = dataclasses.replace(
                     undecided,

@@ -170,7 +170,7 @@ def test_a_model_that_int8_ruins_stays_fp32(pictures, tmp_path, capsys):
     fp32 = convolutions(folder, spread=3e4)
     assert main([str(folder), str(pictures), "--quiet"]) == 3
     said = capsys.readouterr().out
-    assert "the first 2 convolutions in fp32: of 48 pictures" in said  # half of them at most
+    assert "the first 2 layers in fp32: of 48 pictures" in said  # half of them at most
     assert "int8 is not kept, fp32 stays: the same top answer is wanted for 97% of the pictures, it is" in said
     assert "pictures fewer right" in said
     assert read(folder) == fp32
