@@ -129,12 +129,11 @@ def pay(visit: Visit, photos: dict[str, list[Path]], book: results.Book, warm_up
                 check(server, photos)
                 started = {
                     "start_s": server.start_seconds,
-                    "parts_s": server.parts,
                     "pss_mb": processes.memory(server.tree()),
                 }
-                if not book.has(name, visit.round, "start"):
-                    book.add(name, visit.round, "start", started)
                 load(server, Case("", warm_up, 32), photos)
+                if not book.has(name, visit.round, "start"):
+                    book.add(name, visit.round, "start", started | {"parts_s": server.parts()})
                 for case in todo:
                     measured = measure(server, case, photos, book)
                     book.add(name, visit.round, case.name, measured)

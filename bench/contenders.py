@@ -126,10 +126,24 @@ class Server:
     url: str
     process: subprocess.Popen[bytes]
     start_seconds: float  # from the command to the first right answer
-    parts: dict[str, float]  # of ours: seconds until the model server and the gateway each are ready
+    answering: float  # time.time() of the first answer of any kind
 
     def tree(self) -> list[psutil.Process]:
         return processes.tree(self.process.pid)
+
+    def parts(self) -> dict[str, float]:
+        """Of ours: seconds until the model server says it is ready, and the gateway answers anything. Asked a while
+        after the start, since the model server looks at its workers twice a second."""
+        found: dict[str, float] = {}
+        for process in self.tree():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "gateway" in process.cmdline():
+                    found.setdefault("gateway", self.answering - process.create_time())  # the first is the parent
+                if "model-server/serve.py" in process.cmdline():
+                    log = (ROOT / "build" / "run.log").read_text(errors="replace")
+                    if said := re.search(r"ready after ([0-9.]+) s", log):
+                        found["model server"] = float(said[1])
+        return found
 
 
 @dataclass(frozen=True)
@@ -195,27 +209,14 @@ def running(contender: Contender, photo: Path, log: Path) -> Iterator[Server]:
                         ask(url, first)
                         break
                     except (OSError, ValueError) as exc:
-                        if isinstance(exc, urllib.error.HTTPError):
-                            answering = answering or time.time()
+                        if isinstance(exc, urllib.error.HTTPError) and not answering:
+                            answering = time.time()
                         if time.monotonic() - began > START_SECONDS:
                             raise Failed(f"no answer in {START_SECONDS:g} s ({exc}): {tail(log)}") from exc
                     time.sleep(0.05)
-                yield Server(contender, url, process, time.monotonic() - began, parts(known, answering))
+                yield Server(contender, url, process, time.monotonic() - began, answering or time.time())
             finally:
                 end(process, known)
-
-
-def parts(family: Sequence[psutil.Process], answering: float) -> dict[str, float]:
-    """Of ours: what the model server says of itself, and from the gateway's start until it answers anything."""
-    found = {}
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "gateway" in process.cmdline() and "gateway" not in found and answering:
-                found["gateway"] = answering - process.create_time()
-            if "model-server/serve.py" in process.cmdline():
-                said = re.findall(r"ready after ([0-9.]+) s", (ROOT / "build" / "run.log").read_text(errors="replace"))
-                found |= {"model server": float(said[-1])} if said else {}
-    return found
 
 
 def end(process: subprocess.Popen[bytes], known: Sequence[psutil.Process], seconds: float = 10) -> None:
