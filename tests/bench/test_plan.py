@@ -32,7 +32,8 @@ def test_everything_once_and_five_rounds_for_ours_and_the_three_fastest(book: Bo
     rounds = Counter(visit.contender.name for visit in made if visit.cases != (cases.SOAK,))
     assert {name for name, count in rounds.items() if count == 5} == {
         *("ours", "ours, int8", "limit", "limit, int8"),
-        *("Flask, ONNX Runtime, full decode", "Mosec, PyTorch", "KServe, PyTorch"),  # the last in the list
+        *("Mosec, PyTorch", "KServe, PyTorch", "Ray Serve, PyTorch"),  # the last in the list, without the one that
+        # is the fastest of them but decodes as nobody would
     }
     assert set(rounds.values()) == {1, 5}
     assert all(visit.cases == (cases.EVERY if visit.contender.server else cases.REPEATED) for visit in made[: len(ALL)])
