@@ -6,8 +6,8 @@ Reads the variables that Vertex AI sets for a job with a base output directory:
 https://cloud.google.com/vertex-ai/docs/training/code-requirements
 
     AIP_MODEL_DIR             gs://bucket/base/model/: where the bundle goes, manifest.json last. Beside it, in the
-                              base, go report.html, report.json and curve.json; the bundle that failed the gate
-                              goes to the base's rejected/
+                              base, go report.html, report.json and curve.json; with --int8 quantize.json and
+                              model-int8/; the bundle that failed the gate goes to the base's rejected/
     AIP_CHECKPOINT_DIR        where the run's state goes, and where it is found after a preemption
     AIP_TENSORBOARD_LOG_DIR   where the scalars go
     CLUSTER_SPEC              the workers, see Cluster
@@ -191,6 +191,10 @@ def _train(arguments: list[str], places: Places) -> int:
         for kind in ("report.html", "report.json", "curve.json"):
             if (file := Path(f"{out}.{kind}")).exists():
                 put(file, f"{places.base}/{kind}")
+        if (file := out.with_name("model-int8.quantize.json")).exists():
+            put(file, f"{places.base}/quantize.json")
+        if (int8 := out.with_name("model-int8")).exists():
+            publish(int8, f"{places.model}-int8")
         target = f"{places.base}/rejected" if code == train.GATE_FAILED else places.model
         made = publish(bundle, target)
         print(f"job: {target} is {made.name} {made.version}, sha256={made.digest}")

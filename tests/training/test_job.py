@@ -206,7 +206,7 @@ def here(monkeypatch, bucket, data, model, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "4")
     torchruns = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)  # where it leaves handlers of its own
     handlers = {number: signal.getsignal(number) for number in torchruns}
-    yield lambda *options: job.main([str(data), "--model", str(model), *SMALL, *options])
+    yield lambda *options, of=data: job.main([str(of), "--model", str(model), *SMALL, *options])
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -286,6 +286,18 @@ def test_quick_mode_is_the_first_workers_work(here, bucket, tmp_path, monkeypatc
     assert told(tmp_path / "metrics") == [(1, made.metrics["validation"]["accuracy"])]
     assert bucket.exists("pets/runs/one/report.html")
     assert not bucket.exists("pets/runs/one/curve.json")
+
+
+@pytest.mark.slow
+def test_the_int8_bundle_goes_beside_the_other(here, bucket, tmp_path):
+    save_transformer(tmp_path / "convnext", "convnext")
+    pictures = folder(tmp_path / "pictures", NAMES, train=10, validation=12)
+    options = ["--quick", "--int8", "--model", str(tmp_path / "convnext"), "--size", "64"]
+    assert here(*options, of=pictures) == 0
+    bucket.get("pets/runs/one/model-int8", str(tmp_path / "model-int8"), recursive=True)
+    made = manifest.read(tmp_path / "model-int8")
+    assert json.loads(bucket.cat("pets/runs/one/quantize.json"))["kept"] == made.digest
+    assert made.provenance["int8"]["from"] == manifest.parse(bucket.cat("pets/runs/one/model/manifest.json")).digest
 
 
 @pytest.mark.slow
