@@ -55,7 +55,7 @@ def _run(args: argparse.Namespace, options: list[str], s: Settings, cloud: Cloud
     name = spec.bundle_name(args.out)
     if args.job:  # it was submitted before
         kind = "hyperparameterTuningJobs" if args.door == "tune" else "customJobs"
-        return _finish(args, cloud, args.job if "/" in args.job else f"{s.parent}/{kind}/{args.job}")
+        return _finish(args, cloud, f"{s.parent}/{kind}/{args.job}")
     if not args.data:
         raise SettingsError("DATA is not set: a folder with a folder of pictures a class, or gs://")
     data = _data(args.data, s)
@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--csv", default="", help="file and label of every picture")
             one.add_argument("--prune", action="store_true", help="delete in the bucket what is not in the folder")
         if door != "deploy":
-            one.add_argument("--job", default="", help="one that was submitted already")
+            one.add_argument("--job", default="", help="the number of one that was submitted already")
         if door == "tune":
             one.add_argument("--range", nargs="+", default=[], help="lr=1e-4:2e-3:log augment=light,strong")
         if door == "deploy":

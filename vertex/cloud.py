@@ -21,6 +21,7 @@ SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 LOGGING = "https://logging.googleapis.com"
 CALL_S = 60
 DEPLOY_S = 3600  # a machine, an image and a bundle: mostly ten to twenty minutes
+CONSOLE = "https://console.cloud.google.com/logs/query"
 QUOTAS = "https://console.cloud.google.com/iam-admin/quotas"
 PASSING = (
     exceptions.ServerError,
@@ -35,6 +36,10 @@ Json = dict[str, Any]
 
 class CloudError(Exception):
     """What Vertex AI or the bucket did not do, where its logs are, and what to do about it."""
+
+
+class MissingError(CloudError):
+    """Something that is not there."""
 
 
 class PassingError(CloudError):
@@ -163,7 +168,14 @@ class Cloud:
             message = _message(aiplatform_v1.DeployedModel, deployed)
             split = {"0": 100, **dict.fromkeys(before, 0)}  # "0" is the one that comes
             request = {"endpoint": endpoint, "deployed_model": message, "traffic_split": split}
-            client.deploy_model(request=request, timeout=CALL_S).result(timeout=DEPLOY_S)
+            try:
+                client.deploy_model(request=request, timeout=CALL_S).result(timeout=DEPLOY_S)
+            except exceptions.GoogleAPICallError as exc:
+                query = (
+                    f"resource.labels.endpoint_id%3D%22{endpoint.rpartition('/')[2]}%22?project={self.settings.project}"
+                )
+                where = f"what served before goes on; the container's logs: {CONSOLE};query={query}"
+                raise CloudError(f"deploying {deployed['displayName']}: failed ({_short(exc)}); {where}") from exc
             for old in before:
                 client.undeploy_model(endpoint=endpoint, deployed_model_id=old, timeout=CALL_S).result(timeout=DEPLOY_S)
 
@@ -189,7 +201,7 @@ class Cloud:
         except exceptions.Forbidden as exc:
             raise CloudError(f"{doing}: not allowed ({_short(exc)}): {self._rights(str(exc))}") from exc
         except exceptions.NotFound as exc:
-            raise CloudError(f"{doing}: not there ({_short(exc)}): {self._missing(str(exc))}") from exc
+            raise MissingError(f"{doing}: not there ({_short(exc)}): {self._missing(str(exc))}") from exc
         except exceptions.GoogleAPICallError as exc:
             raise CloudError(f"{doing}: refused ({_short(exc)})") from exc
         except (auth_exceptions.GoogleAuthError, requests.RequestException) as exc:

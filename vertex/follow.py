@@ -4,7 +4,7 @@ import sys
 import time
 from typing import Any
 
-from vertex.cloud import Cloud, CloudError, Json, PassingError, now
+from vertex.cloud import CONSOLE, Cloud, CloudError, Json, MissingError, PassingError, now
 
 DONE = ("JOB_STATE_SUCCEEDED", "JOB_STATE_PARTIALLY_SUCCEEDED")
 FAILED = ("JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STATE_EXPIRED")
@@ -20,7 +20,7 @@ PATIENCE = 30  # answers that may fail in a row while a job is followed
 def console(cloud: Cloud, name: str) -> str:
     """Where a job's logs are, for people."""
     query = f"resource.labels.job_id%3D%22{name.rpartition('/')[2]}%22?project={cloud.settings.project}"
-    return f"https://console.cloud.google.com/logs/query;query={query} or: {gcloud(cloud, name, 'stream-logs')}"
+    return f"{CONSOLE};query={query} or: {gcloud(cloud, name, 'stream-logs')}"
 
 
 def gcloud(cloud: Cloud, name: str, verb: str) -> str:
@@ -115,8 +115,11 @@ def show(cloud: Cloud, job: str = "") -> int:
     """The last jobs and endpoints, or one job's state and log."""
     s = cloud.settings
     if job:
-        name = job if "/" in job else f"{s.parent}/customJobs/{job}"
-        one = cloud.job(name)
+        name = f"{s.parent}/customJobs/{job}"
+        try:
+            one = cloud.job(name)
+        except MissingError:
+            one = cloud.job(name := f"{s.parent}/hyperparameterTuningJobs/{job}")
         print(line(one))
         for trial in one.get("trials", []):
             print(f"  {trial_line(trial)}")

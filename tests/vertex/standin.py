@@ -235,6 +235,8 @@ class Run:
 class StandIn:
     """Serves on a free port while entered; `bucket` is the emulator's address, as STORAGE_EMULATOR_HOST has it."""
 
+    second = 1.0  # of a job's timeout
+
     def __init__(self, bucket: str, python: str = PYTHON) -> None:
         self.bucket, self.python = bucket, python
         self.requests: list[tuple[str, str, Json]] = []
@@ -245,7 +247,9 @@ class StandIn:
         self.entries: list[Json] = []
         self.runs: dict[str, Run] = {}
         self.login_expired = False
+        self.broken_container = ""  # what a deployment then fails with
         self.lock = threading.RLock()
+        self.threads: list[threading.Thread] = []
         self._count = 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -261,7 +265,8 @@ class StandIn:
     def __exit__(self, *_: object) -> None:
         for run in self.runs.values():
             run.cancelled = True
-            self._end(run)
+        for thread in self.threads:
+            thread.join(2 * GRACE_S)
         self._server.shutdown()
         self._server.server_close()
 
@@ -388,6 +393,9 @@ class StandIn:
         deployed = request.deployed_model
         check_deployed(deployed, dict(request.traffic_split), region)
         model = self._get(re.sub(r"projects/[^/]+", f"projects/{NUMBER}", deployed.model).split("@")[0])
+        if self.broken_container:
+            error = {"code": 9, "message": self.broken_container}
+            return self._operation(name, "DeployModelOperationMetadata", {}, error)
         with self.lock:
             self._count += 1
             deployed.id = str(self._count)
@@ -416,8 +424,12 @@ class StandIn:
             self._new(parent, "customJobs", job)
             job.state = types.JobState.JOB_STATE_QUEUED
         run = Run(job.job_spec, job.name, job.job_spec.base_output_directory.output_uri_prefix, {})
-        threading.Thread(target=self._run_job, args=[job, run], daemon=True).start()
+        self._thread(self._run_job, job, run)
         return job
+
+    def _thread(self, target: Callable[..., None], *arguments: Any) -> None:
+        self.threads.append(threading.Thread(target=target, args=arguments, daemon=True))
+        self.threads[-1].start()
 
     def _run_job(self, job: Any, run: Run) -> None:
         self.runs[job.name] = run
@@ -443,7 +455,7 @@ class StandIn:
         with self.lock:
             self._new(parent, "hyperparameterTuningJobs", job)
             job.state = types.JobState.JOB_STATE_PENDING
-        threading.Thread(target=self._run_tuning, args=[job], daemon=True).start()
+        self._thread(self._run_tuning, job)
         return job
 
     def _run_tuning(self, job: Any) -> None:
@@ -461,6 +473,8 @@ class StandIn:
     def _run_trial(self, job: Any, number: int) -> bool:
         """https://docs.cloud.google.com/vertex-ai/docs/training/code-requirements: a trial's variables and folders."""
         states = types.Trial.State
+        if job.state == types.JobState.JOB_STATE_CANCELLING:
+            return False
         with self.lock:
             trial = job.trials.add()
             trial.id, trial.name = str(number), f"{job.name}/trials/{number}"
@@ -499,12 +513,11 @@ class StandIn:
         for key, run in self.runs.items():
             if key.startswith(name):
                 run.cancelled = True
-                self._end(run)
 
     def _run(self, run: Run, running: Callable[[], None]) -> tuple[int, str] | None:
         """All workers until the first ends -> None, or the code and message of the job's error."""
         seconds = run.spec.scheduling.timeout.ToSeconds() or 7 * 86400
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * self.second
         while not run.cancelled:
             with tempfile.TemporaryDirectory(prefix="container-") as folder:
                 self._start(run, Path(folder))
@@ -512,7 +525,7 @@ class StandIn:
                 failed = self._wait(run, deadline)
                 codes = {worker: process.poll() for worker, process in run.processes.items()}
                 self._end(run)
-            if not failed:
+            if not failed or run.cancelled:
                 return None
             code = codes[failed]
             taken = failed in run.preempted or (code is not None and (code < 0 or code > 127))

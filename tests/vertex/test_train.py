@@ -41,6 +41,11 @@ def posted(standin: StandIn, kind: str = "customJobs") -> list[Any]:
     return [body for method, path, body in standin.requests if method == "POST" and path.endswith(kind)]
 
 
+def posted_number(standin: StandIn) -> str:
+    """Of the job that was made last."""
+    return [name for name in standin.things if "Jobs/" in name][-1].rpartition("/")[2]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not CLOTHES.exists(), reason="the clothes are not beside the repository")
 def test_clothes_here_become_a_bundle_here(
@@ -149,6 +154,35 @@ def test_a_job_that_fails_says_why_and_where_its_logs_are(
     assert "Its logs: https://console.cloud.google.com/logs/query;query=resource.labels.job_id" in said
     assert re.search(r"or: gcloud ai custom-jobs stream-logs \d+ --region=europe-west4 --project=zoo-42", said)
     assert list(tmp_path.glob("mine*")) == []
+
+
+@pytest.mark.parametrize(("timeout", "by_hand"), [("1h", True), ("60s", False)])
+def test_a_job_that_is_ended_says_so(
+    vertex: Callable[..., int],
+    standin: StandIn,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    timeout: str,
+    by_hand: bool,
+    capsys: Any,
+) -> None:
+    program = tmp_path / "sleep"
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    standin.python = str(program)
+    if not by_hand:  # a minute is the shortest
+        monkeypatch.setattr(StandIn, "second", 0.01)
+    codes: list[int] = []
+    words = ["train", f"gs://{BUCKET}/data/x", "--timeout", timeout]
+    thread = threading.Thread(target=lambda: codes.append(vertex(*words)))
+    thread.start()
+    if by_hand:
+        wait_for(lambda: any(run.processes for run in standin.runs.values()))
+        path = f"/v1/projects/zoo-42/locations/europe-west4/customJobs/{posted_number(standin)}:cancel"
+        standin.answer("POST", path, {}, {})
+    thread.join(60)
+    assert codes == [1]
+    assert "vertex-train: the job ended as JOB_STATE_CANCELLED" in capsys.readouterr().err
 
 
 def test_only_what_changed_is_sent(cloud: Cloud, bucket: Any, tmp_path: Path) -> None:
@@ -351,6 +385,15 @@ def test_a_bundle_is_deployed_and_the_next_takes_its_place(
     [endpoint] = [one for name, one in standin.things.items() if "/endpoints/" in name]
     assert [deployed.model for deployed in endpoint.deployed_models] == [models[1].name]
     assert dict(endpoint.traffic_split) == {endpoint.deployed_models[0].id: 100}
+    before = [deployed.id for deployed in endpoint.deployed_models]
+    standin.broken_container = "Model server exited unexpectedly."
+    assert vertex("deploy", str(colours), image=image) == 1
+    error = capsys.readouterr().err
+    assert "deploying colours: failed (9 Model server exited" in error or "Model server exited unexpectedly." in error
+    assert (
+        "the container's logs: https://console.cloud.google.com/logs/query;query=resource.labels.endpoint_id" in error
+    )
+    assert [deployed.id for deployed in endpoint.deployed_models] == before
     container = models[0].container_spec
     assert (container.predict_route, container.health_route) == ("/v1/models/default:predict", "/readyz")
     assert models[0].artifact_uri.startswith(f"gs://{BUCKET}/bundles/colours-")
@@ -373,6 +416,12 @@ def test_status_shows_jobs_and_endpoints_and_ones_log(
     said = capsys.readouterr()
     assert "  publishing\n" in said.err
     assert f"gcloud ai custom-jobs stream-logs {number}" in said.out
+    over = ["--trials", "1", "--parallel", "1", "--range", "lr=1:2"]
+    assert vertex("tune", f"gs://{BUCKET}/data/x", *over) == 1  # a program that reports nothing
+    said = capsys.readouterr().err
+    assert "vertex-tune: no trial ended well: The trial reported no metric." in said
+    assert vertex("status", "--job", posted_number(standin)) == 0
+    assert "trial 1 INFEASIBLE: lr=" in capsys.readouterr().out
     assert vertex("status", "--job", "42") == 1
     assert "not there" in capsys.readouterr().err
 
