@@ -68,6 +68,12 @@ def lost(before: dict[int, tuple[str, float]], after: dict[int, tuple[str, float
     return [name for pid, (name, _) in before.items() if pid not in after]
 
 
+def busy() -> float:
+    """CPU seconds of the whole machine that were not idle, so far; what a host took away (steal) among them."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal)
+
+
 def memory(processes: Iterable[psutil.Process]) -> dict[str, float]:
     """Megabytes (1e6) by role as PSS: what is shared counts once, in shares."""
     total: dict[str, float] = defaultdict(float)

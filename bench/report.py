@@ -187,6 +187,7 @@ def line(figures: Mapping[str, Any]) -> str:
     cpu = figures.get("cpu_ms") or {}
     parts = [f"{figures['images_per_s']:.1f} images/s", f"p50 {_number(figures['p50_ms'])} ms"]
     parts += [f"p99 {_number(figures['p99_ms'])} ms", f"CPU {sum(cpu.values()):.1f} ms"]
+    parts += [f"others used {figures['elsewhere']:.0%}"] if figures.get("elsewhere", 0) > 0.05 else []
     parts += [f"{figures['refused']} refused"] if figures["refused"] else []
     parts += [f"failed: {figures['failed']}"] if figures["failed"] else []
     return ", ".join(parts)
@@ -219,10 +220,11 @@ def _mark(met: bool | None) -> str:
 
 def where(book: Book) -> str:
     machine, commit = book.identity["machine"], book.identity["commit"]
+    most = max((r["figures"].get("elsewhere", 0.0) for r in book.records), default=0.0)
     return (
         f"{machine['cpu']}, {machine['cpus']} CPUs ({machine['flags']}), {machine['memory_gb']} GB, "
         f"{machine['system']}, Python {machine['python']}; commit {commit}; run {book.run}; "
-        "medians over n rounds (lowest to highest)"
+        f"medians over n rounds (lowest to highest); others used up to {most:.0%} of the machine meanwhile"
     )
 
 

@@ -18,13 +18,15 @@ from local.run import DEFAULT, find
 
 # Answers with what it is told to, from a child process that does not end by itself.
 SERVER = """
-import http.server, subprocess, sys
+import http.server, subprocess, sys, time
 if "child" not in sys.argv:
     sys.exit(subprocess.run([sys.executable, *sys.argv, "child"]).returncode)
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
+        end = time.thread_time() + 0.02
+        while time.thread_time() < end: pass
         body = open(sys.argv[2], "rb").read()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
@@ -63,7 +65,7 @@ def test_the_rounds_go_on_where_one_fails(
     other = server(home, "other", [{"label": "basset", "probability": 0.9}, TOP[0]])
     dead = Contender("dead", f"{sys.executable} -c raise(SystemExit('no-licence'))")
     book = results.Book(home / "results.jsonl", {"contenders": [{"name": c.name} for c in (dead, other, good)]})
-    load = Case("32 clients", 0.5, clients=4)
+    load = Case("32 clients", 1, clients=4)
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     for contender in (dead, other, good):
         bench.pay(bench.Visit(1, contender, (load,)), photos, book, warm_up=0.2)
@@ -72,9 +74,9 @@ def test_the_rounds_go_on_where_one_fails(
     assert "no-licence" in book.error("dead")
     assert "place 1 is 'basset', not 'beagle'" in book.error("other")
     [measured] = book.rows("good", load.name)
-    assert measured["images_per_s"] > 20
+    assert measured["images_per_s"] > 2
     assert measured["failed"] == {}
-    assert sum(measured["cpu_ms"].values()) > 0.05
+    assert 15 < sum(measured["cpu_ms"].values()) < 60
     assert book.values("good", "start", "start_s")[0] < 60
     assert "no-licence" in capsys.readouterr().out
 
@@ -93,7 +95,7 @@ def test_capacity_must_be_known_for_an_open_loop(
     [measured] = book.rows("good", open_loop.name)
     assert measured["rate"] == 50.0
     assert measured["n"] == 50
-    assert measured["recovery_s"] == 0.0
+    assert "recovery_s" in measured
     assert set(measured["pss_before_mb"]) == set(measured["pss_after_mb"])
 
 

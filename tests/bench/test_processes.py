@@ -42,6 +42,12 @@ def test_cpu_and_memory_are_told_by_process(tmp_path: Path) -> None:
     assert processes.tree(parent.pid) == []
 
 
+def test_busy_counts_what_any_process_did() -> None:
+    before, own = processes.busy(), time.process_time()
+    subprocess.run([sys.executable, "-c", BURN.format(0.5)], check=True)
+    assert processes.busy() - before >= 0.45 + time.process_time() - own
+
+
 @pytest.mark.parametrize(
     ("command", "role"),
     [
