@@ -123,6 +123,9 @@ def _finish(args: argparse.Namespace, cloud: Cloud, name: str) -> int:
     if made is None:
         raise CloudError(f"the job ended well and left no bundle in {base}model/. Its logs: {console(cloud, name)}")
     print(f"{args.out}: {made.name} {made.version}, sha256={made.digest}. Report: {args.out}.report.html")
+    small = Path(f"{args.out}-int8")  # as training.train names it, where --int8 was given
+    if bring_back(cloud, base, small, "model-int8", reports=args.out):
+        print(f"{small}: the same in int8")
     print(f"The same in the bucket: {base}model#sha256={made.digest}")
     return 0
 

@@ -1,8 +1,10 @@
 """The doors, from pictures here to a bundle here, through the stand-in; and everything that can go wrong between."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -11,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from conftest import BUCKET, IMAGE, SETTINGS, Emulator
 from google.cloud import storage
-from standin import ROOT, Fault, StandIn
+from standin import PYTHON, ROOT, Fault, StandIn
 
 from bundle import manifest
+from local import processes
 from vertex import bucket as buckets
 from vertex.bucket import bring_back, upload, upload_bundle
 from vertex.cloud import Cloud, CloudError
@@ -46,6 +50,32 @@ def posted_number(standin: StandIn) -> str:
     return [name for name in standin.things if "Jobs/" in name][-1].rpartition("/")[2]
 
 
+def answer_of(address: str, folder: Path) -> str:
+    """What `make run MODEL=address` serves answers for a picture of `folder`: the bundle's digest."""
+    port, grpc_port = processes.free_ports(2)
+    command = [PYTHON, "-u", "-m", "local.run", "--models", address, "--port", port, "--grpc-port", grpc_port]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_GCE_CHECK": "true"}
+    environment |= {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+    with subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            assert process.stdout
+            printed = ""
+            while "Ready" not in printed:
+                line = process.stdout.readline()
+                assert line, printed
+                printed += line
+            picture = min(folder.iterdir()).read_bytes()
+            answer = requests.post(f"http://127.0.0.1:{port}/predict", data=picture, timeout=20).json()
+            assert answer["label"] in ("dress", "pants", "shoes", "unknown")
+            return str(answer["digest"])
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+            shutil.rmtree(ROOT / "build" / "fetched" / address.rpartition("=")[2], ignore_errors=True)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not CLOTHES.exists(), reason="the clothes are not beside the repository")
 def test_clothes_here_become_a_bundle_here(
@@ -70,6 +100,7 @@ def test_clothes_here_become_a_bundle_here(
     [address] = re.findall(rf"(gs://{BUCKET}/\S+)#sha256={made.digest}", said.out)
     there = {one.name.rpartition("/")[2] for one in bucket.list_blobs(prefix=address.split("/", 3)[3] + "/")}
     assert there == {*made.files, "manifest.json"}
+    assert answer_of(f"{address}#sha256={made.digest}", tmp_path / "clothes/validation/shoes") == made.digest
     [job] = posted(standin)
     assert [pool["replicaCount"] for pool in job["jobSpec"]["workerPoolSpecs"]] == ["1", "1"]
 
