@@ -44,7 +44,8 @@ AGREE = 0.97  # share of the pictures that must get the same top answer
 FEWEST_JUDGED = 34  # of fewer, a single one would be more than 3%
 FEWEST, MOST = 16, 128  # pictures that ranges are taken from; 400 gave no better ones than 128
 NOT_KEPT = 3
-# Layers from the first that stay fp32: tried in this order until one is within the bounds.
+# Layers from the first that stay fp32: tried in this order until one is within the bounds. Each is another chance
+# to be so by luck, so they are few, and the report has all.
 FIRST = (3, 6, 12)
 TIMED = 20  # calls, of which the median is told
 
@@ -202,6 +203,13 @@ def parts(catalogue: Catalogue) -> tuple[tuple[Record, ...], tuple[Record, ...]]
     return tuple(sorted(train, key=lambda record: record.sha256)[:MOST]), judging
 
 
+def pictures(address: str, csv: str | None, held_out: float, progress: bool = True) -> Catalogue:
+    """The catalogue with this share in validation and test, halved as training's are: so they are the same pictures
+    where test alone is given, too. Raises DataError."""
+    half = held_out / 2
+    return data.catalogue(address, csv, validation=half, test=half, training=False, progress=progress)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="quantize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -222,10 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out: Path = args.out or Path(f"{args.bundle}-int8")
     try:
         check(args.bundle, out)
-        held = args.held_out
-        quiet = {"progress": not args.quiet}
-        catalogue = data.catalogue(args.data, args.csv, validation=held, test=0, training=False, **quiet)
-        made, said = quantize(args.bundle, out, catalogue, unlabelled=args.unlabelled, **quiet)
+        catalogue = pictures(args.data, args.csv, args.held_out, not args.quiet)
+        made, said = quantize(args.bundle, out, catalogue, unlabelled=args.unlabelled, progress=not args.quiet)
     except (ValueError, OSError) as exc:  # every refusal of ours is a ValueError
         print(f"quantize: {exc}", file=sys.stderr)
         return 1

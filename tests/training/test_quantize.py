@@ -201,13 +201,17 @@ def test_ranges_come_from_no_picture_that_is_judged(bundle, pictures, tmp_path):
     assert told["digest"] == sha256("\n".join(sorted(record.sha256 for record in measuring)).encode())
 
 
-def test_held_out_pictures_are_those_that_training_held_out(pictures, tmp_path):
+@pytest.mark.parametrize("given", [False, True])
+def test_held_out_pictures_are_those_that_training_held_out(pictures, tmp_path, given):
+    """Without splits, and where test alone is given."""
+    root = str(tmp_path / "data")
     for label in NAMES:
-        shutil.copytree(pictures / "train" / label, tmp_path / "flat" / label)
-        shutil.copytree(pictures / "validation" / label, tmp_path / "flat" / label, dirs_exist_ok=True)
-    trained = data.catalogue(str(tmp_path / "flat"), progress=False)
-    here = data.catalogue(str(tmp_path / "flat"), validation=0.2, test=0, progress=False)
-    assert {one.key for one in trained.of("train")} == {one.key for one in here.of("train")}
+        shutil.copytree(pictures / "train" / label, tmp_path / "data" / ("test" if given else "") / f"{label}")
+        rest = tmp_path / "data" / ("train" if given else "") / f"{label}"
+        shutil.copytree(pictures / "validation" / label, rest, dirs_exist_ok=True)
+    trained = data.catalogue(root, progress=False)
+    here = quantize.pictures(root, None, 0.2, progress=False)
+    assert {one.key: one.split for one in trained.records} == {one.key: one.split for one in here.records}
 
 
 def test_pictures_without_the_bundles_labels_tell_the_agreement(bundle, pictures, tmp_path, capsys):
