@@ -136,34 +136,32 @@ def compile_to(
     compiler.Compiler().compile(build(families, images, machine), str(path))
 
 
-def run_here(
-    path: Path,
-    arguments: Mapping[str, str],
-    root: Path,
-    folders: Sequence[Path],
-    environment: Mapping[str, str] | None = None,
-    *,
-    cached: bool = False,
+def in_docker(
+    root: Path, folders: Sequence[Path], environment: Mapping[str, str] | None = None, *, cached: bool = False
 ) -> None:
-    """Run a compiled pipeline in Docker on this machine, as whoever calls; its containers see `root` and `folders`.
+    """What is called from now on runs in Docker here, as whoever calls; its containers see `root` and `folders`.
 
     `cached`: what was done for the same arguments is not done again; an image of the same name counts as the same.
-    Raises PipelineError where a step fails, as far as kfp.local sees it.
     """
     from docker.types import Mount  # type: ignore[import-not-found]  # only here: a submission needs no engine
-    from kfp import components, local
+    from kfp import local
 
     root.mkdir(parents=True, exist_ok=True)
-    mounts = [Mount(str(folder), str(folder), type="bind") for folder in folders]
     runner = local.DockerRunner(
         entrypoint="",  # the images' own start something else
         user=f"{os.getuid()}:{os.getgid()}",
         network_mode="host",
         shm_size="1g",
         environment={"USER": "kennel", **(environment or {})},  # torch asks for a name, which a number may not have
-        mounts=mounts,
+        mounts=[Mount(str(folder), str(folder), type="bind") for folder in folders],
     )
     local.init(runner, pipeline_root=str(root), enable_caching=cached)
+
+
+def run_here(path: Path, arguments: Mapping[str, str]) -> None:
+    """Run a compiled pipeline where `in_docker` says. Raises PipelineError, where kfp.local sees that a step failed."""
+    from kfp import components
+
     try:
         components.load_component_from_file(str(path))(**arguments)
     except RuntimeError as exc:

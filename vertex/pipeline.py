@@ -27,7 +27,7 @@ from vertex import spec
 from vertex.bucket import upload
 from vertex.cloud import Cloud, CloudError, PassingError
 from vertex.follow import PATIENCE, say
-from vertex.graph import Images, Machine, PipelineError, compile_to, run_here
+from vertex.graph import Images, Machine, PipelineError, compile_to, in_docker, run_here
 from vertex.push import push
 from vertex.settings import Settings, SettingsError, add_flags, read, table
 from vertex.steps import GATE_FAILED
@@ -134,7 +134,8 @@ def _here(args: argparse.Namespace, branches: Branches) -> int:
     out.mkdir(parents=True)
     compile_to(out / "pipeline.yaml", branches, Images(args.image, args.model_server_image))
     parameters = _parameters(args, str(data), str(works / "models"), str(out), args.in_service or "")
-    run_here(out / "pipeline.yaml", parameters, works / "steps", [data, works])
+    in_docker(works / "steps", [data, works])
+    run_here(out / "pipeline.yaml", parameters)
     released = outcome(lambda address: Path(address).read_bytes() if Path(address).exists() else None, str(out))
     if released:
         print(f"{released['MODELS']} passed: {released['MODEL_URI']}; the report: {out}/report.html")

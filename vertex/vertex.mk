@@ -24,3 +24,12 @@ vertex-status: $(VENV)/vertex/done ## the last jobs and endpoints; JOB=number fo
 vertex-deploy: $(VENV)/vertex/done ## MODEL=bundle behind an endpoint of Vertex AI, without a cluster; DRY=1 prints it
 	$(VERTEX) deploy $(VERTEX_FLAGS) --image "$(or $(IMAGE),kennel/endpoint:$(VERSION))" --docker "$(DOCKER)" \
 	  $(if $(DRY),--dry-run) "$(if $(filter gs://%,$(MODEL)),$(MODEL),$(BUNDLE))"
+
+.PHONY: vertex-pipeline
+vertex-pipeline: $(VENV)/vertex/done ## DATA to what the cluster serves next: NAME=clothes FAMILIES='lite0 lite1' REQUIRE=...; HERE=1 in Docker here, DEPLOY=1
+	@$(VENV)/vertex/bin/python -m vertex.pipeline $(VERTEX_FLAGS) --gke-env "$(GKE_ENV)" --docker "$(DOCKER)" \
+	  --image kennel/training:$(VERSION) --model-server-image kennel/model-server:$(VERSION) \
+	  --serving-image kennel/endpoint:$(VERSION) $(if $(NAME),--name "$(NAME)") $(if $(JOB),--job "$(JOB)") \
+	  $(foreach f,$(FAMILIES),--family $(f)) $(if $(REQUIRE),--require $(foreach r,$(REQUIRE),'$(r)')) \
+	  $(if $(HERE),--here) $(if $(DRY),--dry-run) $(if $(DATA),"$(DATA)") -- $(if $(QUICK),--quick) $(ARGS)
+	$(if $(DEPLOY),@$(MAKE) gke-deploy)

@@ -1,5 +1,6 @@
 """The pipeline: compiled, each of its steps, run whole in the images that Vertex AI would run, and handed over."""
 
+import dataclasses
 import json
 import os
 import re
@@ -8,23 +9,30 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import BUCKET, Emulator
+from containers import docker, engine, make, version
 from google.cloud.aiplatform_v1 import types
 from google.protobuf import json_format
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
-from standin import NUMBER, ROOT, Json, Refusal, StandIn, parsed, refuse
+from standin import NUMBER, PYTHON, ROOT, Fault, Json, Refusal, StandIn, parsed, refuse
 
-from vertex import pipeline
+from bundle import golden, manifest
+from bundle.manifest import Input, Manifest
+from bundle.picture import Resize
+from vertex import graph, pipeline, spec, steps
 from vertex.graph import Images
 from vertex.pipeline import Service
-from vertex.settings import SettingsError
+from vertex.settings import Settings, SettingsError
 
+INPUT = Input.drawn(Resize(32, 32, "crop", 32), golden.draw(1, 60, 80)[0])
 IMAGES = Images(*(f"europe-west4-docker.pkg.dev/zoo-42/images/{part}:1" for part in ("training", "model-server")))
 FAMILIES = {"lite0": ["--quick"], "lite1": ["--model", "lite1", "--quick"]}
 CLOTHING = ROOT.parent / "shared" / "data" / "clothing"
@@ -314,3 +322,264 @@ def test_a_dry_run_sends_nothing(door: Callable[..., int], standin: Pipelines, t
     assert not standin.requests
     assert json.loads(capsys.readouterr().out)["data"] == "gs://pets/data"
     assert list((tmp_path / "build/pipeline").glob("kennel-pets-*.yaml"))
+
+
+# The registry, by the step itself in training's environment.
+
+
+def bundle(folder: Path, version: str) -> Manifest:
+    """One that can be kept and registered, and never asked."""
+
+    def make(new: Path) -> Manifest:
+        (new / "model.onnx").write_bytes(version.encode())
+        return Manifest("pets", version, ("cat", "dog"), INPUT, "CC0-1.0")
+
+    return manifest.write(folder, make)
+
+
+@pytest.fixture
+def register(standin: Pipelines, emulator: Emulator, login: Path, tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """-> the step's exit code, and what it complained of."""
+
+    def run(folder: Path) -> tuple[int, str]:
+        model = spec.model(Settings(), "pets", IMAGES.training, "", "")
+        given = {"bundle": folder, "models": f"gs://{BUCKET}/bundles", "endpoint": standin.url}
+        given |= {"registry": "projects/zoo-42/locations/europe-west4", "model": json.dumps(model)}
+        given |= {"released": tmp_path / "released", "registered": tmp_path / "registered"}
+        words = [f"{key}={value}" for key, value in given.items()]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_GCE_CHECK": "true"}
+        command = [PYTHON, "-m", "vertex.steps", "register", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stderr
+
+    return run
+
+
+def test_each_bundle_is_one_version_of_its_model(
+    register: Callable[..., tuple[int, str]], standin: Pipelines, bucket: Any, tmp_path: Path
+) -> None:
+    one, two = bundle(tmp_path / "one", "1"), bundle(tmp_path / "two", "2")
+    for folder, made, number in (("one", one, "1"), ("two", two, "2"), ("one", one, "1")):
+        assert register(tmp_path / folder) == (0, "")
+        place = f"gs://{BUCKET}/bundles/pets-{made.digest[:12]}"
+        assert (tmp_path / "released").read_text() == f"{place}#sha256={made.digest}"
+        assert (tmp_path / "registered").read_text().endswith(f"@{number}")
+    [versions] = standin.versions.values()
+    assert [one.display_name for one in versions] == ["pets", "pets"]
+    assert [set(one.version_aliases) for one in versions] == [
+        {f"sha256-{one.digest[:12]}"},
+        {f"sha256-{two.digest[:12]}", "default"},
+    ]
+    assert versions[1].artifact_uri == f"gs://{BUCKET}/bundles/pets-{two.digest[:12]}"
+    assert {blob.name for blob in bucket.list_blobs()} == {
+        f"bundles/pets-{made.digest[:12]}/{file}" for made in (one, two) for file in ("manifest.json", "model.onnx")
+    }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "status", "why"),
+    [
+        (
+            "POST .*models:upload",
+            "PERMISSION_DENIED",
+            "refused with 403 (no): the pipeline's service account needs roles/",
+        ),
+        ("GET .*/models$", "UNAVAILABLE", "refused with 503 (no)"),
+    ],
+)
+def test_a_registry_that_refuses_is_said_and_nothing_is_handed_over(
+    register: Callable[..., tuple[int, str]], standin: Pipelines, tmp_path: Path, pattern: str, status: str, why: str
+) -> None:
+    standin.faults.append(Fault(pattern, status, "no"))
+    bundle(tmp_path / "one", "1")
+    code, said = register(tmp_path / "one")
+    assert code == 1
+    assert why in said
+    assert not (tmp_path / "registered").exists()
+
+
+# In containers, by kfp.local.
+
+
+@pytest.fixture(scope="session")
+def images() -> None:
+    """The images under the names that Vertex AI would have them by."""
+    if reason := engine():
+        pytest.skip(reason)
+    subprocess.run([ROOT / "tests/images/base.sh"], check=True)
+    make("images")
+    for part, name in (("training", IMAGES.training), ("model-server", IMAGES.model_server)):
+        docker("tag", f"kennel/{part}:{version()}", name)
+
+
+@pytest.fixture
+def here(standin: Pipelines, emulator: Emulator, login: Path, tmp_path: Path) -> dict[str, str]:
+    """Vertex AI's pipelines run in Docker; what was done before comes from the cache. The containers' environment."""
+    environment = {
+        "STORAGE_EMULATOR_HOST": emulator.url,
+        "GOOGLE_APPLICATION_CREDENTIALS": str(login),
+        "NO_GCE_CHECK": "true",
+    }
+
+    def run(spec: Json, parameters: dict[str, str]) -> list[str]:
+        path, root = tmp_path / "received.yaml", tmp_path / "steps"
+        path.write_text(yaml.safe_dump(spec))
+        graph.in_docker(root, [tmp_path], environment, cached=True)
+        graph.run_here(path, parameters)
+        latest = max((one for one in root.iterdir() if not one.name.startswith(".")), key=lambda one: one.name)
+        return [step.name for step in latest.iterdir()]
+
+    standin.run = run
+    return environment
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn pictures of three colours, drawn by training's own environment."""
+    folder = tmp_path_factory.mktemp("drawn") / "colours"
+    code = f"from pathlib import Path; from learner import folder; folder(Path({str(folder)!r}), validation=16)"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    subprocess.run([PYTHON, "-c", code], check=True, env=environment, timeout=120)
+    for i, path in enumerate(sorted(folder.glob("validation/*/*"))):
+        if i % 2:
+            target = folder / "test" / path.relative_to(folder / "validation")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clothes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some photographs of three kinds of clothes."""
+    if not CLOTHING.is_dir():
+        pytest.skip("the photographs of clothes are not here")
+    folder = tmp_path_factory.mktemp("photographs") / "clothes"
+    for kind in ("hat", "pants", "shoes"):
+        pictures = sorted((CLOTHING / "train" / kind).iterdir())[:30]
+        for split, some in (("train", pictures[:14]), ("validation", pictures[14:22]), ("test", pictures[22:])):
+            (folder / split / kind).mkdir(parents=True)
+            for path in some:
+                shutil.copy(path, folder / split / kind)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*'cpu_limit', 'memory_limit'. have no effect in the current local runner")
+@pytest.mark.parametrize(
+    ("kind", "families"), [("colours", ["--family=lite0", "--family=lite1"]), ("clothes", ["--family=lite0"])]
+)
+def test_from_pictures_to_a_release_and_no_further_where_the_gate_does_not_pass(
+    kind: str,
+    families: list[str],
+    request: pytest.FixtureRequest,
+    images: None,
+    here: dict[str, str],
+    door: Callable[..., int],
+    standin: Pipelines,
+    bucket: Any,
+    gke_env: Path,
+    tmp_path: Path,
+    capfd: Any,
+) -> None:
+    pictures = request.getfixturevalue(kind)
+    said = [str(pictures), "--name", kind, *families]
+    assert door(*said, "--require", "accuracy>=0.5", "--", *QUICK) == 0, "".join(capfd.readouterr())
+
+    service = Service.read(gke_env)
+    [uri] = service.uris
+    assert service.names == (kind,)
+    address, _, digest = uri.partition("#sha256=")
+    folder = address.removeprefix(f"gs://{BUCKET}/")
+    for blob in bucket.list_blobs(prefix=f"{folder}/"):
+        (tmp_path / "fetched").mkdir(exist_ok=True)
+        blob.download_to_filename(tmp_path / "fetched" / blob.name.rpartition("/")[2])
+    made = manifest.read(tmp_path / "fetched")
+    assert made.digest == digest
+    assert made.classes == tuple(sorted(path.name for path in (pictures / "train").iterdir()))
+    with zipfile.ZipFile(BytesIO(bucket.blob(f"{folder}.mar").download_as_bytes())) as mar:
+        assert {"manifest.json", "model.onnx", "handler.py"} <= set(mar.namelist())
+        assert manifest.parse(mar.read("manifest.json")).digest == digest
+    [[model]] = standin.versions.values()
+    assert model.artifact_uri == address
+    assert model.display_name == kind
+
+    # The same, from the cache, and asked for what no model reaches; the first is in service now.
+    before, objects = gke_env.read_bytes(), {one.name for one in bucket.list_blobs(prefix="bundles/")}
+    capfd.readouterr()
+    time.sleep(1)  # its id has the second
+    assert door(*said, "--require", "pictures>=1000", "--", *QUICK) == 3
+    printed = capfd.readouterr()
+    assert "the gate did not pass: pictures >= 1000 is required, but it is 24" in printed.err
+    assert gke_env.read_bytes() == before
+    assert {one.name for one in bucket.list_blobs(prefix="bundles/")} == objects
+    assert len(standin.versions[model.name]) == 1
+    reports = [json.loads(one.download_as_bytes()) for one in bucket.list_blobs() if one.name.endswith("/report.json")]
+    [comparison] = [found for one in reports if (found := one["gate"]["comparison"])]
+    assert (comparison["won"], comparison["lost"]) == (0, 0)  # it is the one in service
+    assert "gate: SUCCEEDED" in printed.err
+    assert "train-lite0" not in printed.err
+
+
+@pytest.fixture(scope="session")
+def judges(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two bundles: `right` knows the colours, `swapped` calls each by another's name."""
+    folder = tmp_path_factory.mktemp("bundles")
+    code = "from pathlib import Path; from drawn import bundle_of; from bundle.manifest import Decision; "
+    code += f"bundle_of(Path({str(folder / 'right')!r}), ['blue', 'red', 'yellow'], Decision())"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    subprocess.run([PYTHON, "-c", code], check=True, env=environment, timeout=120)
+
+    def swapped(new: Path) -> Manifest:
+        made = manifest.read(folder / "right")
+        for file in made.files:
+            shutil.copy(folder / "right" / file, new)
+        return dataclasses.replace(made, classes=("red", "yellow", "blue"))
+
+    manifest.write(folder / "swapped", swapped)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict"), [("right", "swapped", "passed"), ("swapped", "right", "failed")]
+)
+def test_the_gates_component_says_which_of_two_models_is_worse(
+    images: None, colours: Path, judges: Path, tmp_path: Path, ours: str, theirs: str, verdict: str
+) -> None:
+    graph.in_docker(tmp_path, [colours, judges])
+    asked = {"data": str(colours), "split": "test", "require": "", "in_service": str(judges / theirs)}
+    task = graph.component(steps.gate, IMAGES.training)(bundle=str(judges / ours), out=str(tmp_path / "out"), **asked)
+    assert task.outputs["verdict"] == verdict
+    found = json.loads((tmp_path / "out/report.json").read_text())["gate"]
+    assert found["comparison"]["won" if verdict == "passed" else "lost"] == found["comparison"]["pictures"]
+    assert [text[:54] for text in found["unmet"]] == (
+        [] if verdict == "passed" else ["it is worse than the model it must not be worse than: "]
+    )
+    assert (tmp_path / "out/report.html").exists()
+
+
+REFUSED = [
+    ({"split": "tset"}, "the gate's split 'tset' has no pictures; there are: train 36, validation 24, test 24"),
+    ({"require": "accuracy>=0.5\nacuracy>=1"}, "'acuracy>=1': there is no metric acuracy"),
+    ({"in_service": "OTHER"}, "does not know 3 of the 3 classes"),
+    ({"in_service": "/nowhere"}, "/nowhere: does not exist"),
+]
+
+
+def test_what_will_be_asked_is_asked_of_the_data_first(colours: Path, tmp_path: Path) -> None:
+    bundle(tmp_path / "other", "1")
+    calls = []
+    for given, _ in REFUSED:
+        asked = {"data": str(colours), "split": "test", "require": "", "in_service": "", **given}
+        words = [f"{key}={value}".replace("OTHER", str(tmp_path / "other")) for key, value in asked.items()]
+        calls.append(["validate", *words, f"digest={tmp_path / 'digest'}"])
+    # In one process, which imports torch once.
+    code = f"from vertex.steps import main\nfor words in {calls!r}: print(main(words))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([PYTHON, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["1"] * len(REFUSED)
+    refusals = [line for line in done.stderr.splitlines() if line.startswith("validate: ")]
+    assert len(refusals) == len(REFUSED)
+    for line, (_, why) in zip(refusals, REFUSED, strict=True):
+        assert why in line
+    assert not (tmp_path / "digest").exists()
