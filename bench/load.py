@@ -35,6 +35,7 @@ class Call:
 
     due: float
     kind: int
+    body: int
     request: memoryview
     sock: socket.socket
     reused: bool
@@ -59,7 +60,7 @@ class Generator:
     url: str
     bodies: Sequence[bytes]  # sent in turn
     content_type: str = "image/jpeg"
-    expect: bytes = b""  # what every right answer to a good call contains
+    expect: Sequence[bytes] = ()  # for each body, what every right answer contains
     timeout: float = 10.0  # seconds after which a client gives up
     bad: int = 0  # of a hundred calls, how many send half a picture
     hang_up: int = 0  # of a hundred calls, how many are given up after HANG_UP_SECONDS
@@ -104,7 +105,8 @@ class Generator:
         return time.perf_counter() - self._start
 
     def _call(self, due: float, sock: socket.socket | None) -> None:
-        place, self._made = self._made % HUNDRED, self._made + 1
+        place, body = self._made % HUNDRED, self._made % len(self.bodies)
+        self._made += 1
         # Spread over the hundred, by a step that has no divisor in common with it.
         mixed = place * 37 % HUNDRED
         kind = BAD if mixed < self.bad else HANG_UP if mixed < self.bad + self.hang_up else GOOD
@@ -115,7 +117,7 @@ class Generator:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with contextlib.suppress(BlockingIOError):
                 sock.connect(self._address)
-        call = Call(due, kind, memoryview(self._request(kind)), sock, reused)
+        call = Call(due, kind, body, memoryview(self._request(body, kind)), sock, reused)
         self._running += 1
         self._waiting.append(call)
         if kind == HANG_UP:
@@ -125,10 +127,10 @@ class Generator:
         else:
             self._selector.register(sock, selectors.EVENT_WRITE, call)
 
-    def _request(self, kind: int) -> bytes:
-        key = (self._made % len(self.bodies), kind == BAD, self._keep)
+    def _request(self, number: int, kind: int) -> bytes:
+        key = (number, kind == BAD, self._keep)
         if key not in self._requests:
-            body = self.bodies[key[0]]
+            body = self.bodies[number]
             body = body[: len(body) // 2] if kind == BAD else body
             close = "" if self._keep else "Connection: close\r\n"
             self._requests[key] = f"{self._head}{close}Content-Length: {len(body)}\r\n\r\n".encode() + body
@@ -189,7 +191,7 @@ class Generator:
             self._end(call, LOST)
 
     def _finish(self, call: Call, status: int, keep: bool) -> None:
-        if status == 200 and call.kind == GOOD and self.expect not in call.answer:
+        if status == 200 and call.kind == GOOD and self.expect and self.expect[call.body] not in call.answer:
             status = WRONG
         self._end(call, status, keep and self._keep and not call.request)
 
@@ -246,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     how.add_argument("--rate", type=float, help="open loop, calls a second")
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--timeout", type=float, default=10.0)
-    parser.add_argument("--expect", default="")
+    parser.add_argument("--expect", action="append", default=[], help="for each body, a part of every right answer")
     parser.add_argument("--bad", type=int, default=0)
     parser.add_argument("--hang-up", type=int, default=0)
     parser.add_argument("--log", type=Path, required=True, help="a row a call: due, seconds, status, kind")
@@ -257,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.url,
         [path.read_bytes() for path in args.bodies],
         args.content_type,
-        args.expect.encode(),
+        [text.encode() for text in args.expect],
         args.timeout,
         args.bad,
         args.hang_up,

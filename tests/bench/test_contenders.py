@@ -11,7 +11,7 @@ from servers import gone
 from tiny import tiny_bundle
 
 from bench import __main__ as bench
-from bench import contenders, results
+from bench import contenders, prepare, results, visit
 from bench.cases import Case
 from bench.contenders import Body, Contender, Failed, differs
 from local.run import DEFAULT, find
@@ -41,14 +41,14 @@ TOP = [{"label": "beagle", "probability": 0.9}, {"label": "basset", "probability
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for module in (bench, contenders):
+    for module in (contenders, prepare, visit):
         monkeypatch.setattr(module, "HOME", tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def photos(home: Path) -> dict[str, list[Path]]:
-    return bench.photographs(home / "there-is-none")
+    return prepare.photographs(home / "there-is-none")
 
 
 def server(home: Path, name: str, top: list[dict[str, object]]) -> Contender:
@@ -60,7 +60,7 @@ def server(home: Path, name: str, top: list[dict[str, object]]) -> Contender:
 def test_the_rounds_go_on_where_one_fails(
     home: Path, photos: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "reference", lambda _: TOP)
+    monkeypatch.setattr(visit, "reference", lambda _: TOP)
     good = server(home, "good", TOP)
     other = server(home, "other", [{"label": "basset", "probability": 0.9}, TOP[0]])
     dead = Contender("dead", f"{sys.executable} -c raise(SystemExit('no-licence'))")
@@ -68,7 +68,7 @@ def test_the_rounds_go_on_where_one_fails(
     load = Case("32 clients", 1, clients=4)
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     for contender in (dead, other, good):
-        bench.pay(bench.Visit(1, contender, (load,)), photos, book, warm_up=0.2)
+        visit.pay(visit.Visit(1, contender, (load,)), photos, book, warm_up=0.2)
     left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
     assert gone(left)
     assert "no-licence" in book.error("dead")
@@ -84,14 +84,14 @@ def test_the_rounds_go_on_where_one_fails(
 def test_capacity_must_be_known_for_an_open_loop(
     home: Path, photos: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "reference", lambda _: TOP)
+    monkeypatch.setattr(visit, "reference", lambda _: TOP)
     good = server(home, "good", TOP)
     book = results.Book(home / "results.jsonl", {"contenders": [{"name": "good"}]})
     open_loop = Case("5 x capacity", 1, of_capacity=5, recovery=2)
-    bench.pay(bench.Visit(1, good, (open_loop,)), photos, book, warm_up=0.1)
+    visit.pay(visit.Visit(1, good, (open_loop,)), photos, book, warm_up=0.1)
     assert "capacity is unknown" in book.error("good")
     book.add("good", 1, "32 clients", {"images_per_s": 10.0})
-    bench.pay(bench.Visit(1, good, (open_loop,)), photos, book, warm_up=0.1)
+    visit.pay(visit.Visit(1, good, (open_loop,)), photos, book, warm_up=0.1)
     [measured] = book.rows("good", open_loop.name)
     assert measured["rate"] == 50.0
     assert measured["n"] == 50
@@ -105,9 +105,9 @@ def test_what_is_not_there_is_reported_beforehand(home: Path, monkeypatch: pytes
 
     monkeypatch.setattr(contenders, "install", install)
     tiny_bundle(home / "bundle")
-    monkeypatch.setattr(bench, "BUNDLES", home)
+    monkeypatch.setattr(prepare, "BUNDLES", home)
     chosen = [Contender(name, "", "nowhere", bundle="bundle") for name in ("a", "b")]
-    broken = bench.prepare([*chosen, Contender("c", "", bundle="no-such-bundle")])
+    broken = prepare.prepare([*chosen, Contender("c", "", bundle="no-such-bundle")])
     assert broken.pop("c").startswith(f"{home}/no-such-bundle: is no bundle")
     assert broken == dict.fromkeys(("a", "b"), "nowhere: pip could not install it")
 
@@ -146,7 +146,7 @@ def test_names_of_contenders_are_said_where_one_is_wrong() -> None:
 def test_every_environment_is_pinned() -> None:
     for name in {c.environment for c in contenders.ALL} - {""}:
         lines = (contenders.ROOT / "bench" / f"requirements-{name}.txt").read_text().splitlines()
-        assert bench.versions(name)
+        assert prepare.versions(name)
         assert all("==" in line for line in lines[1:])
         assert {"pillow==13.0.0", "numpy==2.4.6", "onnxruntime==1.31.1"} <= set(lines)
 
@@ -157,7 +157,7 @@ def test_ours_and_the_limit_for_real(home: Path, photos: dict[str, list[Path]]) 
     chosen = bench.choose(["limit", "ours"])
     book = results.Book(home / "results.jsonl", {"contenders": [{"name": c.name} for c in chosen]})
     for contender in chosen:
-        bench.pay(bench.Visit(1, contender, (Case("32 clients", 2, clients=8),)), photos, book, warm_up=0.5)
+        visit.pay(visit.Visit(1, contender, (Case("32 clients", 2, clients=8),)), photos, book, warm_up=0.5)
         assert book.error(contender.name) == ""
     [limit], [ours] = (book.rows(name, "32 clients") for name in ("limit", "ours"))
     assert ours["failed"] == {}

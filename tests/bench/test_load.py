@@ -82,7 +82,7 @@ def statuses(generator: Generator) -> Counter[int]:
 
 def test_closed_loop_keeps_its_connections_and_its_number_of_calls(serve: Callable[..., Server]) -> None:
     server = serve(say(OK, after=0.05))
-    generator = Generator(server.url, [BODY, b"other"], expect=b"beagle")
+    generator = Generator(server.url, [BODY, b"other"], expect=[b"beagle"] * 2)
     generator.closed(3, 1.0)
     assert server.connections == 3
     assert set(server.bodies) == {BODY, b"other"}
@@ -132,7 +132,7 @@ def test_what_fails_is_told_apart(serve: Callable[..., Server]) -> None:
         return bool(answers[int(body)])
 
     server = serve(answer)
-    generator = Generator(server.url, [b"0", b"1", b"2", b"3"], expect=b"beagle")
+    generator = Generator(server.url, [b"0", b"1", b"2", b"3"], expect=[b"beagle"] * 4)
     generator.open(40, 1.0)
     assert statuses(generator) == {200: 10, WRONG: 10, 503: 10, LOST: 10}
 

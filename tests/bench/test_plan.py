@@ -8,6 +8,7 @@ import pytest
 from bench import __main__ as bench
 from bench import cases, contenders
 from bench.results import Book
+from bench.visit import Visit
 
 ALL = list(contenders.ALL)
 
@@ -17,7 +18,7 @@ def book(tmp_path: Path) -> Book:
     return Book(tmp_path / "results.jsonl", {"contenders": []})
 
 
-def visits(book: Book, quick: bool = False, rounds: int | None = None) -> list[bench.Visit]:
+def visits(book: Book, quick: bool = False, rounds: int | None = None) -> list[Visit]:
     """The whole plan, each first round answered with a speed by the contender's place in the list."""
     made = []
     for visit in bench.plan(ALL, quick, rounds, False, book):
