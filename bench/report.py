@@ -197,7 +197,7 @@ def text(book: Book) -> str:
     """The table for the terminal, and where it was measured."""
     lines = [
         where(book),
-        f"{'':34} {'images/s, 32 clients':>28} {'CPU ms an image':>16} {'p50, 1 client':>14} {'n':>3}",
+        f"{'':34} {'images/s, 32 clients':>28} {'CPU ms an image':>16} {'p50, 1 client':>14}",
     ]
     for name in ranked(book):
         if reason := book.error(name):
