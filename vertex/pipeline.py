@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import re
+import secrets
 import shlex
 import sys
 import time
@@ -280,7 +281,7 @@ def _object(cloud: Cloud, address: str) -> bytes | None:
 
 
 def _stamp() -> str:
-    return time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
 
 
 def _parser() -> argparse.ArgumentParser:
