@@ -38,7 +38,8 @@ GIVEN = {
     **dict.fromkeys(spec.GIVEN, "a step's results go where the pipeline says"),
     **dict.fromkeys(["--require", "--no-worse-than"], "that is the pipeline's gate, give it before the --"),
     **dict.fromkeys(["--validation", "--test"], "all steps see the same splits: make folders train, validation, test"),
-    **dict.fromkeys(["--csv", "--name"], "it is the same for all families"),
+    "--csv": "a pipeline reads a folder by class, or tar shards",
+    "--name": "all families have the pipeline's",
 }
 WORKS = Path("build/pipeline")  # of --here
 Branches = dict[str, list[str]]
@@ -134,8 +135,9 @@ def _here(args: argparse.Namespace, branches: Branches) -> int:
     out = works / f"{args.name}-{_stamp()}"
     out.mkdir(parents=True)
     compile_to(out / "pipeline.yaml", branches, Images(args.image, args.model_server_image))
-    parameters = _parameters(args, str(data), str(works / "models"), str(out), args.in_service or "")
-    in_docker(works / "steps", [data, works])
+    rival = str(Path(args.in_service).resolve()) if args.in_service else ""
+    parameters = _parameters(args, str(data), str(works / "models"), str(out), rival)
+    in_docker(works / "steps", [data, works, *([Path(rival.partition("#")[0])] if rival else [])])
     run_here(out / "pipeline.yaml", parameters)
     released = outcome(lambda address: Path(address).read_bytes() if Path(address).exists() else None, str(out))
     if released:
@@ -205,7 +207,7 @@ def _submit(args: argparse.Namespace, branches: Branches, s: Settings, cloud: Cl
         print(f"vertex-pipeline: nothing was sent; the pipeline is {path}", file=sys.stderr)
         return ""
     if folder:
-        upload(cloud, folder, prefix)
+        upload(cloud, folder, prefix, prune=args.prune)
     for image in (*wanted, args.serving_image):
         push(args.docker, image, s)
     job = {
@@ -293,13 +295,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--family", action="append", default=[], help="a model, or NAME=OPTIONS; lite0 and lite1")
     parser.add_argument("--require", nargs="+", action="extend", default=[], metavar="METRIC>=VALUE")
     parser.add_argument("--split", default="test", choices=["validation", "test"], help="what the gate is asked about")
-    parser.add_argument("--in-service", help="compare with this bundle instead; '' compares with none")
+    parser.add_argument("--in-service", help="compare with this bundle instead; '' with none")
     parser.add_argument("--here", action="store_true", help="in Docker on this machine")
     parser.add_argument("--image", default="kennel/training:0.1.0", help="here, or its address there")
     parser.add_argument("--model-server-image", default="kennel/model-server:0.1.0")
     parser.add_argument("--serving-image", default="kennel/endpoint:0.1.0", help="what the registry names to serve it")
     parser.add_argument("--docker", default="docker")
     parser.add_argument("--dry-run", action="store_true", help="compile, and print what would be sent")
+    parser.add_argument("--prune", action="store_true", help="delete in the bucket what is not in the folder")
     parser.add_argument("--job", default="", help="one that was submitted before")
     parser.add_argument("--env", type=Path, default=Path("vertex/vertex.env"), help="the settings' file")
     parser.add_argument("--gke-env", type=Path, default=Path("k8s/gke.env"), help="the cluster's")

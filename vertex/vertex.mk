@@ -31,5 +31,5 @@ vertex-pipeline: $(VENV)/vertex/done ## DATA to what the cluster serves next: NA
 	  --image kennel/training:$(VERSION) --model-server-image kennel/model-server:$(VERSION) \
 	  --serving-image kennel/endpoint:$(VERSION) $(if $(NAME),--name "$(NAME)") $(if $(JOB),--job "$(JOB)") \
 	  $(foreach f,$(FAMILIES),--family $(f)) $(if $(REQUIRE),--require $(foreach r,$(REQUIRE),'$(r)')) \
-	  $(if $(HERE),--here) $(if $(DRY),--dry-run) $(if $(DATA),"$(DATA)") -- $(if $(QUICK),--quick) $(ARGS)
+	  $(if $(HERE),--here) $(if $(DRY),--dry-run) $(if $(PRUNE),--prune) $(if $(DATA),"$(DATA)") -- $(if $(QUICK),--quick) $(ARGS)
 	$(if $(DEPLOY),@$(MAKE) gke-deploy)
