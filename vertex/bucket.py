@@ -104,14 +104,14 @@ def bring_back(cloud: Cloud, base: str, out: Path, kind: str, reports: Path) -> 
             for one in bucket.list_blobs(prefix=f"{prefix}/{kind}/", timeout=FILE_S):
                 name = one.name.rpartition("/")[2]
                 if name and one.name == f"{prefix}/{kind}/{name}":
-                    one.download_to_filename(str(fetched / name), timeout=FILE_S)
+                    one.download_to_filename(str(fetched / name), timeout=FILE_S, retry=_retry())
             try:
                 made = manifest.copy(fetched, out)
             except BundleError as exc:
                 raise CloudError(f"{base}{kind} is not taken for a bundle: {exc}") from exc
             for name in REPORTS:
                 if (report := bucket.blob(f"{prefix}/{name}")).exists(timeout=FILE_S):
-                    report.download_to_filename(str(fetched / name), timeout=FILE_S)
+                    report.download_to_filename(str(fetched / name), timeout=FILE_S, retry=_retry())
                     (fetched / name).replace(f"{reports}.{name}")
     return made
 
@@ -125,14 +125,16 @@ def _send(cloud: Cloud, bucket: Any, name: str, path: Path) -> int:
     """An object appears when it is whole."""
     with cloud.explained(f"sending {path} to gs://{bucket.name}/{name}"):
         try:
-            bucket.blob(name).upload_from_filename(
-                str(path), timeout=FILE_S, checksum="crc32c", retry=DEFAULT_RETRY.with_timeout(RETRY_S)
-            )
+            bucket.blob(name).upload_from_filename(str(path), timeout=FILE_S, checksum="crc32c", retry=_retry())
             return path.stat().st_size
         except OSError as exc:
             if isinstance(exc, ConnectionError) or not exc.strerror:
                 raise
             raise CloudError(f"{path}: cannot be read ({exc.strerror})") from exc
+
+
+def _retry() -> Any:
+    return DEFAULT_RETRY.with_timeout(RETRY_S)
 
 
 def _same(there: Any, path: Path) -> bool:

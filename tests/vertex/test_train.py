@@ -16,6 +16,7 @@ import pytest
 import requests
 from conftest import BUCKET, IMAGE, SETTINGS, Emulator
 from google.cloud import storage
+from google.cloud.aiplatform_v1 import JobState
 from standin import PYTHON, ROOT, Fault, StandIn
 
 from bundle import manifest
@@ -216,6 +217,21 @@ def test_a_job_that_is_ended_says_so(
     assert "vertex-train: the job ended as JOB_STATE_CANCELLED" in capsys.readouterr().err
 
 
+def test_ctrl_c_leaves_the_job_and_says_so(
+    vertex: Callable[..., int], standin: StandIn, publishing: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vertex.follow.Reader.read", interrupted)
+    assert vertex("train", f"gs://{BUCKET}/data/x") == 130
+    said = capsys.readouterr().err
+    assert "vertex-train: stopped here; what was submitted goes on: make vertex-status" in said
+    number = posted_number(standin)
+    assert f"to stop it: gcloud ai custom-jobs cancel {number} --region=europe-west4 --project=zoo-42" in said
+    wait_for(lambda: [job.state for job in standin.things.values()] == [JobState.JOB_STATE_SUCCEEDED])
+
+
 def test_only_what_changed_is_sent(cloud: Cloud, bucket: Any, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     for name in ("a/1.jpg", "a/2.jpg", "b/3.jpg", ".git/x"):
@@ -365,7 +381,9 @@ def test_passing_failures_are_waited_out(
     assert manifest.read(tmp_path / "colours").name == "colours"
 
 
-def test_nothing_half_written_is_taken_for_a_bundle(cloud: Cloud, bucket: Any, colours: Path, tmp_path: Path) -> None:
+def test_nothing_half_written_is_taken_for_a_bundle(
+    cloud: Cloud, emulator: Emulator, bucket: Any, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, out = f"gs://{BUCKET}/vertex/job/", tmp_path / "colours"
     for name in ("model.onnx", "golden.npz"):  # manifest.json comes last
         bucket.blob(f"vertex/job/model/{name}").upload_from_filename(str(colours / name))
@@ -382,6 +400,11 @@ def test_nothing_half_written_is_taken_for_a_bundle(cloud: Cloud, bucket: Any, c
             bring_back(cloud, base, tmp_path / "other", "model", out)
         with pytest.raises(CloudError):
             bring_back(cloud, base, out, "model", out)
+    bucket.blob("vertex/job/model/model.onnx").upload_from_filename(str(colours / "model.onnx"))
+    monkeypatch.setattr(buckets, "RETRY_S", 0.5)
+    emulator.fault = lambda method, path, _: 0 if "model.onnx" in path and "alt=media" in path else None
+    with pytest.raises(CloudError, match=r"fetching gs://\S+/vertex/job/model: Google did not answer"):
+        bring_back(cloud, base, out, "model", out)
     assert manifest.read(out) == made  # what was here stays
     assert {path.name for path in tmp_path.iterdir()} <= {"colours", "login.json", "vertex.env"}
 
