@@ -61,7 +61,7 @@ bundle: $(VENV)/run ## the default bundle anew; LITE=0, 1 or 2
 .PHONY: test
 test: $(VENV)/dev $(VENV)/checkov/done $(VENV)/vertex/done ## all tests; UNIT=1 only those without servers
 	@$(PY) -m pytest $(if $(UNIT),--ignore tests/serving --ignore tests/images)
-	@$(VENV)/vertex/bin/python -m pytest tests/vertex
+	@$(VENV)/vertex/bin/python -m pytest tests/vertex $(if $(UNIT),-m 'not slow')
 
 .PHONY: measure
 measure: $(VENV)/dev ## the tests that bound a time, on a machine with nothing else to do

@@ -11,7 +11,7 @@ from http.server import HTTPServer
 from pathlib import Path
 from typing import Any
 
-import hypothesis
+import hypothesis.configuration
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -21,7 +21,8 @@ from standin import PYTHON, ROOT, StandIn
 
 from vertex.__main__ import main
 
-# Always the same examples, and nothing kept of them.
+# Always the same examples, and nothing kept of them here.
+hypothesis.configuration.set_hypothesis_home_dir(ROOT / "build" / "hypothesis")
 hypothesis.settings.register_profile("kennel", database=None, derandomize=True, deadline=None)
 hypothesis.settings.load_profile("kennel")
 
