@@ -66,6 +66,18 @@ def wait_ready(url: str, seconds: float = 60) -> None:
     raise AssertionError("not ready")
 
 
+def wait_for_all_workers(server, seconds: float = 60) -> list[psutil.Process]:
+    """Until each of the server's workers, and not only the first, has loaded the model."""
+    port = psutil.Process(server.pid).environ()["MANAGEMENT_PORT"]
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        (version,) = requests.get(f"http://127.0.0.1:{port}/models/tiny", timeout=5).json()
+        if all(worker["status"] == "READY" for worker in version["workers"]):
+            return workers(server)
+        time.sleep(0.1)
+    raise AssertionError(f"workers are not ready: {version['workers']}")
+
+
 def test_a_killed_worker_a_killed_server_and_back_without_a_gateway_restart(fragile):
     url, start = fragile
     with start() as server:
@@ -93,7 +105,7 @@ def test_one_killed_worker_of_two_is_hardly_noticed(fragile):
     url, start = fragile
     with start() as server:
         wait_ready(url)
-        family = workers(server)
+        family = wait_for_all_workers(server)
         if len(family) < 2:
             pytest.skip("one CPU: one worker")
         with load_of(url) as load:
