@@ -522,7 +522,8 @@ def test_from_pictures_to_a_release_and_no_further_where_the_gate_does_not_pass(
     [comparison] = [found for one in reports if (found := one["gate"]["comparison"])]
     assert (comparison["won"], comparison["lost"]) == (0, 0)  # it is the one in service
     assert "gate: SUCCEEDED" in printed.err
-    assert "train-lite0" not in printed.err
+    assert not re.search("train-lite0|archive|register", printed.err)
+    assert len([one for one in bucket.list_blobs() if one.name.endswith("/release.env")]) == 1
 
 
 @pytest.fixture(scope="session")
