@@ -13,7 +13,8 @@ def push(docker: str, image: str, s: Settings, dry: bool = False) -> str:
     """Image here -> its address there. `dry`: only looks. Raises CloudError."""
     if image.count("/") > 1:  # as it is
         return image
-    build = "make images TORCH=cuda" if image.endswith("-cuda") else "make images"
+    build = "make endpoint-image" if image.startswith("kennel/endpoint:") else "make images"
+    build += " TORCH=cuda" if image.endswith("-cuda") else ""
     words = _run([docker, "image", "inspect", "--format", "{{.Id}} {{.Architecture}}", image], f"not here: {build}")
     identity, architecture = words.split()
     if architecture != "amd64":

@@ -513,6 +513,8 @@ def test_an_image_is_pushed_under_a_tag_by_its_content(
     (tools / "docker").write_text("#!/bin/sh\necho no such image >&2; exit 1\n")
     assert vertex(*words, *gpu, image=here) == 1
     assert "no such image: not here: make images TORCH=cuda" in capsys.readouterr().err
+    assert vertex("deploy", f"gs://{BUCKET}/bundles/x", image="kennel/endpoint:0.1.0") == 1
+    assert "no such image: not here: make endpoint-image\n" in capsys.readouterr().err
     (tools / "docker").unlink()
     monkeypatch.setenv("PATH", str(tools))
     assert vertex(*words, image=here) == 1
