@@ -60,7 +60,11 @@ def onnx(folder: Path, threads: int) -> Run:
 
 
 def torch(folder: Path, threads: int) -> Run:
-    """Eager PyTorch: the exported program's operators, one by one, none of them compiled or fused."""
+    """Eager PyTorch: the exported program's operators, one by one, none of them compiled or fused.
+
+    It takes 4 to 6% more CPU than the nn.Module that it was exported from (15.3 against 14.4 ms, medians of 25, three
+    times, one thread), which a bundle does not hold.
+    """
     import torch
 
     torch.set_num_threads(threads)
