@@ -4,8 +4,8 @@
 
 One thread over epoll and raw sockets. wrk has no open loop and no latency by status, h2load (1.52) never ends
 where a server closes its connections and leaves waiting for a connection out of its times; hey has neither. This
-one costs 0.15 ms of CPU a call with a body of 40 kB, which every record states as
-measured; images/s are wrk's (Mosec, 32 clients, three turns each: 78 to 109 and 81 to 115).
+one costs 0.15 ms of CPU a call with a body of 40 kB, which every record states as measured; images/s are wrk's
+(Mosec, 32 clients, three turns each: 78 to 109 and 81 to 115).
 
 Open loop: every call is another user, with a connection of its own, timed from the moment it was due; so a server
 that accepts nothing, or a late generator, makes the latency longer and not the load smaller.
