@@ -21,7 +21,7 @@ from vertex import spec
 from vertex.bucket import bring_back, upload, upload_bundle
 from vertex.cloud import Cloud, CloudError
 from vertex.follow import FAILED, best_trial, console, follow, show
-from vertex.push import push
+from vertex.push import check_options, push
 from vertex.settings import Settings, SettingsError, add_flags, read
 
 GATE_FAILED = 3
@@ -70,6 +70,7 @@ def _run(args: argparse.Namespace, options: list[str], s: Settings, cloud: Cloud
         return spec.custom_job(s, name, uri, data.address, options, base)
 
     draft = job(push(args.docker, image, s, dry=True))  # refused before anything is sent
+    check_options(args.docker, image, [*options, *map(spec.example, args.range if args.door == "tune" else [])])
     cost = spec.estimate(s, s.parallel, s.trials) if args.door == "tune" else spec.estimate(s)
     print(cost.text, file=sys.stderr)
     if args.dry_run:

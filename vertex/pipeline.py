@@ -29,7 +29,7 @@ from vertex.bucket import upload
 from vertex.cloud import Cloud, CloudError, PassingError
 from vertex.follow import PATIENCE, say
 from vertex.graph import Images, Machine, PipelineError, compile_to, in_docker, run_here
-from vertex.push import push
+from vertex.push import check_options, push
 from vertex.settings import Settings, SettingsError, add_flags, read, table
 from vertex.steps import GATE_FAILED
 
@@ -187,6 +187,7 @@ def _submit(args: argparse.Namespace, branches: Branches, s: Settings, cloud: Cl
     data = f"gs://{s.bucket}/{prefix}" if folder else args.data
     for options in branches.values():
         spec.check_run(args.name, data, options)
+        check_options(args.docker, wanted[0], options)
     run = f"kennel-{args.name}-{_stamp()}"
     out = f"gs://{s.bucket}/pipelines/{run}"
     parameters = _parameters(args, data, f"gs://{s.bucket}/bundles", out, in_service) | {

@@ -1,12 +1,13 @@
-"""An image made here into Artifact Registry, under a tag by its content."""
+"""An image made here: asked what it would refuse, and into Artifact Registry under a tag by its content."""
 
 import subprocess
 from collections.abc import Sequence
 
 from vertex.cloud import CloudError
-from vertex.settings import Settings
+from vertex.settings import Settings, SettingsError
 
-PUSH_S = 3600
+PUSH_S, ASK_S = 3600, 300
+PARSE = "import sys; from training.train import parse; parse(['data', '--out', 'out', *sys.argv[1:]])"
 
 
 def push(docker: str, image: str, s: Settings, dry: bool = False) -> str:
@@ -30,6 +31,26 @@ def push(docker: str, image: str, s: Settings, dry: bool = False) -> str:
         make += f" --location={s.region} --project={s.project}"
         _run([docker, "push", "--quiet", there], f"log in (gcloud auth login), or make the repository: {make}")
     return there
+
+
+def check_options(docker: str, image: str, options: Sequence[str]) -> None:
+    """Training's options, read by the image that will read them. Raises SettingsError for those it refuses.
+
+    An image that is not here is not asked, and the job finds out.
+    """
+    if image.count("/") > 1:
+        return
+    command = [docker, "run", "--rm", "--network=none", "--entrypoint=python3.11", image, "-c", PARSE, *options]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S)
+    except subprocess.TimeoutExpired as exc:
+        raise CloudError(f"{image} did not read its options within {ASK_S} s: try again") from exc
+    if done.returncode:
+        # argparse's or TrainError's own sentence, after its name
+        said = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        raise SettingsError(
+            f"training refuses {' '.join(options)}: {said.rpartition('rror: ')[2]} (make train ARGS=--help)"
+        )
 
 
 def _run(command: Sequence[str], remedy: str) -> str:

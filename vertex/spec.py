@@ -112,6 +112,14 @@ def parameter(text: str) -> Json:
     return {"parameterId": name, "doubleValueSpec": {"minValue": low, "maxValue": high}, "scaleType": scale}
 
 
+def example(text: str) -> str:
+    """The option that a trial of this range may get: lr=1e-4:1e-2:log -> --lr=0.0001."""
+    one = parameter(text)
+    kind = next(key for key in one if key.endswith("ValueSpec"))
+    lowest = one[kind]["values"][0] if "values" in one[kind] else one[kind]["minValue"]
+    return f"--{one['parameterId']}={lowest}"
+
+
 def _job_spec(s: Settings, image: str, arguments: Sequence[str], base: str) -> Json:
     machine: Json = {"machineType": s.machine}
     if s.gpu:

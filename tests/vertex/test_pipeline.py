@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import BUCKET, Emulator
-from containers import docker, engine, make, version
+from containers import DOCKER, docker, engine, make, version
 from google.cloud.aiplatform_v1 import types
 from google.protobuf import json_format
 from kfp.pipeline_spec.pipeline_spec_pb2 import PipelineSpec
@@ -29,6 +29,7 @@ from bundle.picture import Resize
 from vertex import graph, pipeline, spec, steps
 from vertex.graph import Images
 from vertex.pipeline import Service
+from vertex.push import check_options
 from vertex.settings import Settings, SettingsError
 
 INPUT = Input.drawn(Resize(32, 32, "crop", 32), golden.draw(1, 60, 80)[0])
@@ -416,6 +417,20 @@ def images() -> None:
     make("images")
     for part, name in (("training", IMAGES.training), ("model-server", IMAGES.model_server)):
         docker("tag", f"kennel/{part}:{version()}", name)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("images")
+def test_the_image_that_trains_says_which_options_it_would_refuse() -> None:
+    image = f"kennel/training:{version()}"
+    ranges = [spec.example(text) for text in ("lr=1e-4:1e-2:log", "epochs=4:12", "augment=light,strong")]
+    check_options(DOCKER, image, ["--quick", "--require", "accuracy>=0.9", *ranges])
+    for options, sentence in (
+        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
+        (["--epochs", "0"], "training refuses --epochs 0: epochs, batch and accumulate must be at least 1"),
+    ):
+        with pytest.raises(SettingsError, match=re.escape(sentence)):
+            check_options(DOCKER, image, options)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from local import processes
 from vertex import bucket as buckets
 from vertex.bucket import bring_back, upload, upload_bundle
 from vertex.cloud import Cloud, CloudError
+from vertex.push import PARSE
 from vertex.settings import read
 
 CLOTHES = ROOT.parent / "shared" / "data" / "clothing"
@@ -502,11 +503,17 @@ def test_an_image_is_pushed_under_a_tag_by_its_content(
         "denied: no: log in (gcloud auth login), or make the repository: gcloud artifacts repositories create" in said
     )
     assert notes.read_text().splitlines()[1:] == [
+        f"docker run --rm --network=none --entrypoint=python3.11 {here}-cuda -c {PARSE}",
         f"docker image inspect --format {{{{.Id}}}} {{{{.Architecture}}}} {here}-cuda",
         "gcloud auth configure-docker europe-west4-docker.pkg.dev --quiet",
         f"docker tag {here}-cuda {there}:0.1.0-cuda-c0ffeec0ffee",
         f"docker push --quiet {there}:0.1.0-cuda-c0ffeec0ffee",
     ]
+    refusing = '[ "$1" != run ] || { echo "train: error: unrecognized arguments: --x" >&2; exit 2; }'
+    (tools / "docker").write_text(f'#!/bin/sh\necho "$ANSWER"\n{refusing}\n')
+    assert vertex(*words, "--", "--x", image=here) == 1
+    said = capsys.readouterr().err
+    assert "vertex-train: training refuses --x: unrecognized arguments: --x (make train ARGS=--help)\n" in said
     monkeypatch.setenv("ANSWER", "sha256:c0ffeec0ffeec0ffee arm64")
     assert vertex(*words, image=here) == 1
     assert "is for arm64, Vertex AI is amd64" in capsys.readouterr().err
