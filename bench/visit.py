@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from bench import cases, contenders, figures, processes, report, results
 from bench.cases import Case
 from bench.contenders import HOME, Contender, Failed, Server
@@ -43,11 +45,12 @@ def pay(visit: Visit, photos: dict[str, list[Path]], book: results.Book, warm_up
             log.parent.mkdir(exist_ok=True)
             with contenders.running(contender, photos["small"][0], log) as server:
                 check(server, photos)
-                started = {
+                started: dict[str, Any] = {
                     "start_s": server.start_seconds,
                     "pss_mb": processes.memory(server.tree()),
                 }
                 load(server, Case("", warm_up, 32), photos)
+                started["preferred"] = processes.prefer(server.tree())
                 if not book.has(name, visit.round, "start"):
                     book.add(name, visit.round, "start", started | {"parts_s": server.parts()})
                 for case in todo:
@@ -128,6 +131,7 @@ def load(
     if server.contender.bundle == DEFAULT and not server.contender.full:
         words += [f"--expect={json.dumps(reference(photo)[0]['label'])}" for photo in photos[case.photo]]
     process = subprocess.Popen(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
+    processes.prefer([psutil.Process(process.pid)])
     while True:
         try:
             told, _ = process.communicate(timeout=MEMORY_SECONDS)

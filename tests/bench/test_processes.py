@@ -1,5 +1,6 @@
 """bench.processes: whose CPU and memory it was."""
 
+import os
 import subprocess
 import sys
 import time
@@ -40,6 +41,19 @@ def test_cpu_and_memory_are_told_by_process(tmp_path: Path) -> None:
     ended = processes.cpu(family)
     assert sorted(processes.lost(after, ended)) == ["gateway", "worker"]
     assert processes.tree(parent.pid) == []
+
+
+def test_preferred_processes_come_first_in_every_session() -> None:
+    words = [sys.executable, "-c", "input()"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True) as process:
+        done = processes.prefer(processes.tree(process.pid))
+        assert done == (os.geteuid() == 0)
+        if done:
+            assert os.getpriority(os.PRIO_PROCESS, process.pid) == processes.PREFERRED
+            group = Path("/proc") / str(process.pid) / "autogroup"
+            assert not group.exists() or f"nice {processes.PREFERRED}" in group.read_text()
+        process.communicate(b"\n")
+    assert not processes.prefer(processes.tree(process.pid))
 
 
 def test_busy_counts_what_any_process_did() -> None:
