@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vertex.cloud import CONSOLE, Cloud, CloudError, Json, MissingError, PassingError, now
@@ -36,22 +37,15 @@ def follow(cloud: Cloud, name: str, door: str, pause: float = 10.0) -> Json:
     """
     number = name.rpartition("/")[2]
     say(f"{name}; to stop it: {gcloud(cloud, name, 'cancel')}")
-    reader, told, failures = Reader(cloud, name), "", 0
+    reader, told = Reader(cloud, name), ""
     trials: dict[str, str] = {}
-    while True:
-        try:
-            job = cloud.job(name)
-            ended = job["state"] in (*DONE, *FAILED)
-            reader.read()
-            failures = 0
-        except PassingError as exc:
-            if (failures := failures + 1) > PATIENCE:
-                raise CloudError(f"{exc}. The job goes on: make vertex-{door} JOB={number}") from exc
-            say(f"{exc}; trying again")
-            time.sleep(pause)
-            continue
-        except CloudError as exc:
-            raise CloudError(f"{exc}. The job goes on: make vertex-{door} JOB={number}") from exc
+
+    def ask() -> Json:
+        job = cloud.job(name)
+        reader.read()
+        return job
+
+    for job in answers(ask, f"The job goes on: make vertex-{door} JOB={number}", pause):
         if (state := job["state"].removeprefix("JOB_STATE_")) != told:
             told = state
             say(f"{state}{': ' + MEANS[state] if state in MEANS else ''}")
@@ -59,9 +53,30 @@ def follow(cloud: Cloud, name: str, door: str, pause: float = 10.0) -> Json:
             if (line := trial_line(trial)) != trials.get(trial["id"]):
                 trials[trial["id"]] = line
                 say(line)
-        if ended:
+        if job["state"] in (*DONE, *FAILED):
             reader.read()
             return job
+    raise AssertionError("answers never end by themselves")
+
+
+def answers(ask: Callable[[], Json], going: str, pause: float) -> Iterator[Json]:
+    """What `ask` gives, again and again; passing failures are waited out.
+
+    Raises CloudError where it can be asked no longer, with `going`, which says how to go on.
+    """
+    failures = 0
+    while True:
+        try:
+            found = ask()
+        except PassingError as exc:
+            if (failures := failures + 1) > PATIENCE:
+                raise CloudError(f"{exc}. {going}") from exc
+            say(f"{exc}; trying again")
+        except CloudError as exc:
+            raise CloudError(f"{exc}. {going}") from exc
+        else:
+            failures = 0
+            yield found
         time.sleep(pause)
 
 

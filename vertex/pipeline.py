@@ -26,8 +26,8 @@ import yaml  # type: ignore[import-untyped]
 from bundle.manifest import NAME
 from vertex import spec
 from vertex.bucket import upload
-from vertex.cloud import Cloud, CloudError, PassingError
-from vertex.follow import PATIENCE, say
+from vertex.cloud import Cloud, CloudError
+from vertex.follow import answers, say
 from vertex.graph import Images, Machine, PipelineError, compile_to, in_docker, run_here
 from vertex.push import check_options, push
 from vertex.settings import Settings, SettingsError, add_flags, read, table
@@ -228,24 +228,12 @@ def _parameters(args: argparse.Namespace, data: str, models: str, out: str, in_s
 
 def follow(cloud: Cloud, name: str, pause: float) -> spec.Json:
     """The pipeline as it ended, if well; its steps are printed as they come and go. Raises CloudError."""
-    s, told, failures = cloud.settings, dict[str, str](), 0
+    s, told = cloud.settings, dict[str, str]()
     number = name.rpartition("/")[2]
     where = "https://console.cloud.google.com/vertex-ai/locations"
     where += f"/{s.region}/pipelines/runs/{number}?project={s.project}"
-    again = f"make vertex-pipeline JOB={number}"
     say(f"{number}: {where}")
-    while True:
-        try:
-            job = cloud.pipeline(name)
-        except PassingError as exc:
-            if (failures := failures + 1) > PATIENCE:
-                raise CloudError(f"{exc}. The pipeline goes on: {again}") from exc
-            say(f"{exc}; trying again")
-            time.sleep(pause)
-            continue
-        except CloudError as exc:
-            raise CloudError(f"{exc}. The pipeline goes on: {again}") from exc
-        failures = 0
+    for job in answers(lambda: cloud.pipeline(name), f"The pipeline goes on: make vertex-pipeline JOB={number}", pause):
         for one in job.get("jobDetail", {}).get("taskDetails", []):
             step, state = one["taskName"], one.get("state", "PENDING")
             if told.get(step) != state:
@@ -257,7 +245,7 @@ def follow(cloud: Cloud, name: str, pause: float) -> spec.Json:
             failed = ", ".join(step for step, state in told.items() if state == "FAILED") or "no step"
             error = job.get("error", {}).get("message", "no reason was given")
             raise CloudError(f"the pipeline ended as {job['state']}, {failed} failed: {error}. Its logs: {where}")
-        time.sleep(pause)
+    raise AssertionError("answers never end by themselves")
 
 
 def outcome(look: Callable[[str], bytes | None], out: str) -> dict[str, str] | None:

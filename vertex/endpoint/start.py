@@ -53,7 +53,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     settings = Settings.from_environment(os.environ)
     with tempfile.TemporaryDirectory(prefix="endpoint-") as scratch:
-        uri = {"model_uri": settings.storage_uri.rstrip("/")} if settings.storage_uri else {}
+        uri = {"model_uri": settings.storage_uri} if settings.storage_uri else {}
         fetch = [sys.executable, "model-server/fetch.py"]
         if code := subprocess.run(fetch, cwd=ROOT, env=environment(model_store=scratch, **uri)).returncode:
             raise SystemExit(code)  # it has said why
