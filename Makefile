@@ -101,7 +101,7 @@ compose-test: $(VENV)/run ## a drawing to the running containers and its answer
 compose-down: ## end them
 	@$(COMPOSE) down
 
-include bench/bench.mk k8s/deploy.mk k8s/kind.mk k8s/gke.mk vertex/vertex.mk
+include bench/bench.mk capacity/capacity.mk k8s/deploy.mk k8s/kind.mk k8s/gke.mk vertex/vertex.mk
 
 .PHONY: lock
 lock: ## pin every dependency with hashes (needs uv)

@@ -1,0 +1,1 @@
+"""What one replica carries, and what two autoscalers make of a day of traffic."""

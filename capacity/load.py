@@ -1,0 +1,147 @@
+"""Calls that come as a crowd's do: at random, at a rate that may change, over HTTP or as a gateway's over gRPC.
+
+    python -m capacity.load --http http://127.0.0.1:8080/predict --bodies photo.jpg --rate 0:20,60:100 --log calls.tsv
+    python -m capacity.load --grpc 127.0.0.1:7070 --bundle build/bundles/dog-breeds --clients 16 --seconds 5 --log ...
+
+Arrivals are Poisson: even ones, as bench.load has them, never meet, and would let a replica look better than it is.
+Latency counts from the moment a call was due. The log is bench.load's.
+"""
+
+import argparse
+import itertools
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from bench.load import GOOD, LOST, TIMED_OUT, WRONG, Generator, Row
+from bundle import wire
+from bundle.golden import draw
+from bundle.manifest import Manifest
+from bundle.manifest import read as read_bundle
+from capacity.measured import Floats
+from gateway.client import Client
+from gateway.errors import Overloaded, Problem, TimedOut
+
+MOST = 512  # gRPC calls under way: more than a model server that keeps the objective ever has
+Knots = Sequence[tuple[float, float]]  # second, calls a second; straight lines between them
+
+
+def arrivals(knots: Knots, seed: int) -> Floats:
+    """Seconds at which calls are due: a Poisson process of that rate, by the inverse of its integral."""
+    grid = np.arange(knots[0][0], knots[-1][0], 0.01)
+    due = np.cumsum(np.interp(grid, *zip(*knots, strict=True))) * 0.01
+    random, found = np.random.default_rng(seed), np.zeros(0)
+    while not len(found) or found[-1] < due[-1]:
+        gaps = random.exponential(size=int(due[-1] - (found[-1] if len(found) else 0)) + 100)
+        found = np.concatenate([found, np.cumsum(gaps) + (found[-1] if len(found) else 0)])
+    seconds: Floats = np.interp(found[found < due[-1]], due, grid)
+    return seconds
+
+
+class Crowd(Generator):
+    """bench.load's generator, at any times."""
+
+    def at(self, times: Floats) -> None:
+        """Calls at these seconds from now; then waits for the answers that are missing."""
+        self._begin()
+        self._until, self._keep = 0.0, False
+        for due in times.tolist():
+            while (wait := due - self._now()) > 0:
+                self._turn(min(wait, 0.1))
+            self._call(due, None)
+            self._turn(0)
+        while self._running:
+            self._turn(0.1)
+
+
+class Gateways:
+    """Calls of a model server with drawn pixels, through the gateway's own client."""
+
+    def __init__(self, target: str, manifest: Manifest, timeout: float) -> None:
+        self._client, self._manifest, self._timeout = Client(target, MOST, timeout), manifest, timeout
+        resize, contract = manifest.input.resize, manifest.input.contract
+        drawn = draw(8, resize.height, resize.width, seed=5)
+        self._entries = [wire.request({contract: picture.tobytes()}, {manifest.digest}) for picture in drawn]
+        self._number, self.rows = itertools.count(), list[Row]()
+
+    def at(self, times: Floats) -> None:
+        start = time.perf_counter()
+        with ThreadPoolExecutor(MOST) as threads:
+            for due in times.tolist():
+                while (wait := due - (time.perf_counter() - start)) > 0:
+                    time.sleep(wait)
+                threads.submit(self._call, start, due)
+
+    def closed(self, clients: int, seconds: float) -> None:
+        start = time.perf_counter()
+
+        def client() -> None:
+            while (now := time.perf_counter() - start) < seconds:
+                self._call(start, now)
+
+        threads = [threading.Thread(target=client) for _ in range(clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _call(self, start: float, due: float) -> None:
+        entries = self._entries[next(self._number) % len(self._entries)]
+        try:
+            told = self._client.predictions(self._manifest.name, entries, time.monotonic() + self._timeout)
+            status = 200 if wire.unpack(told).status == "ok" else WRONG
+        except Overloaded:
+            status = 503
+        except TimedOut:
+            status = TIMED_OUT
+        except (Problem, wire.FrameError):
+            status = LOST
+        self.rows.append(Row(due, time.perf_counter() - start - due, status, GOOD))
+
+
+def knots(text: str) -> Knots:
+    """second:rate,second:rate,... Raises ValueError, as argparse wants it."""
+    found = [(float(second), float(rate)) for second, rate in (part.split(":") for part in text.split(","))]
+    if len(found) < 2 or any(a[0] >= b[0] for a, b in itertools.pairwise(found)) or min(r for _, r in found) < 0:
+        raise ValueError
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="capacity.load", description=__doc__)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--http", help="URL that takes a picture")
+    where.add_argument("--grpc", help="host:port of a model server")
+    parser.add_argument("--bodies", type=Path, nargs="+", default=[], help="pictures, sent in turn")
+    parser.add_argument("--bundle", type=Path, help="what the model server serves")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--rate", type=knots, help="second:rate,second:rate,...")
+    how.add_argument("--clients", type=int, help="who call again as soon as they have their answer")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of --clients")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=10.0)
+    parser.add_argument("--log", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    load: Crowd | Gateways
+    if args.http:
+        if not args.bodies:
+            parser.error("--http needs --bodies: pictures to send")
+        load = Crowd(args.http, [path.read_bytes() for path in args.bodies], timeout=args.timeout)
+    else:
+        if not args.bundle:
+            parser.error("--grpc needs --bundle: what the model server serves")
+        load = Gateways(args.grpc, read_bundle(args.bundle), args.timeout)
+    if args.clients:
+        load.closed(args.clients, args.seconds)
+    else:
+        load.at(arrivals(args.rate, args.seed))
+    with args.log.open("w") as log:
+        log.writelines(f"{row.due:.6f}\t{row.seconds:.6f}\t{row.status}\t{row.kind}\n" for row in load.rows)
+
+
+if __name__ == "__main__":
+    main()
