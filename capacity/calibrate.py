@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     LOG.parent.mkdir(exist_ok=True)
     replicas = measure(bundle, args.objective, cpus, args.data)
     measured = Measured(args.objective, where(bundle), replicas)
-    targets = {tier.name: headroom.target(tier, measured) for tier in base}
+    targets = headroom.targets(base, measured)
     component.write(args.out, measured, base, targets)
     print(component.summary(measured, base, targets))
     noisy = max(step.others for replica in replicas for step in replica.steps)

@@ -132,7 +132,7 @@ def _not_yet(pod: Pod, metric: Metric, now: float, flags: Flags) -> bool:
 
 
 def _ratio(spec: Scaling, taken: Sequence[tuple[int, int]]) -> float:
-    usage, requests = (sum(column) for column in zip(*taken, strict=True))
+    usage, requests = sum(used for used, _ in taken), sum(request for _, request in taken)
     if spec.utilization:
         return (usage * 100 // requests) / spec.utilization
     return (usage // len(taken)) / spec.value

@@ -33,7 +33,7 @@ Knots = Sequence[tuple[float, float]]  # second, calls a second; straight lines 
 def arrivals(knots: Knots, seed: int) -> Floats:
     """Seconds at which calls are due: a Poisson process of that rate, by the inverse of its integral."""
     grid = np.arange(knots[0][0], knots[-1][0], 0.01)
-    due = np.cumsum(np.interp(grid, *zip(*knots, strict=True))) * 0.01
+    due = np.cumsum(np.interp(grid, [second for second, _ in knots], [rate for _, rate in knots])) * 0.01
     random, found = np.random.default_rng(seed), np.zeros(0)
     while not len(found) or found[-1] < due[-1]:
         gaps = random.exponential(size=int(due[-1] - (found[-1] if len(found) else 0)) + 100)

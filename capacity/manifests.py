@@ -37,6 +37,7 @@ class Tier:
     leaves: float
     settings: Mapping[str, str]
     scaling: Scaling
+    container: str = ""  # that the HPA looks at; "": the whole pod
 
 
 def render(folder: Path, components: Sequence[Path] = ()) -> list[Object]:
@@ -53,7 +54,9 @@ def render(folder: Path, components: Sequence[Path] = ()) -> list[Object]:
         elif shutil.which("kustomize"):
             command = ["kustomize", "build", str(place)]
         else:
-            raise SystemExit("neither kubectl nor kustomize is there, which render k8s/: https://kubernetes.io/docs/tasks/tools/")
+            raise SystemExit(
+                "neither kubectl nor kustomize is there, which render k8s/: https://kubernetes.io/docs/tasks/tools/"
+            )
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{folder} cannot be rendered: {done.stderr.strip()}")
@@ -79,9 +82,8 @@ def _tier(objects: Sequence[Object], name: str) -> Tier:
     asked = {"Resource": metric.get("resource"), "ContainerResource": metric.get("containerResource")}.get(kind)
     if len(spec["metrics"]) != 1 or not asked or asked["name"] != "cpu":
         raise SystemExit(f"HorizontalPodAutoscaler {name} scales by {kind}: only CPU is simulated, leave hpa-queue out")
-    wanted = pod["containers"]
-    if kind == "ContainerResource":
-        wanted = [one for one in wanted if one["name"] == asked["container"]]
+    container = asked.get("container", "")
+    wanted = [one for one in pod["containers"] if container in ("", one["name"])]
     target, behavior = asked["target"], spec.get("behavior", {})
     return Tier(
         name,
@@ -101,6 +103,7 @@ def _tier(objects: Sequence[Object], name: str) -> Tier:
             _rules(behavior.get("scaleUp"), UP),
             _rules(behavior.get("scaleDown"), DOWN),
         ),
+        container,
     )
 
 

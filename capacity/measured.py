@@ -78,7 +78,7 @@ class Replica:
         return Latencies.of({step.rate / self.saturated: step.quantiles_ms for step in good})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Latencies:
     """Latency by load (a share of what saturates): measured at some, between them in proportion, beyond as the last."""
 
