@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -71,10 +72,14 @@ def _deployment(tier: Tier, replica: Replica) -> list[str]:
     request, limit = memory(tier, replica)
     # A canary's model server bears the same label.
     target = "name: gateway" if tier.name == "gateway" else f"labelSelector: app.kubernetes.io/component={tier.name}"
+    told = (
+        f"{tier.name}: {replica.capacity:.0f} images/s on {replica.cpus} CPU(s), {replica.saturated:.0f} however late; "
+        f"{_cpu_ms(replica):.1f} CPU ms an image; ready {replica.start_seconds:.1f} s after its start. Memory: "
+        f"{replica.memory_mb:.0f} MB at most; {REQUEST:g} times that is the request, {LIMIT:g} times the limit, "
+        "which is never below base's."
+    )
     return [
-        f"  # {tier.name}: {replica.capacity:.0f} images/s on {replica.cpus} CPU(s), {replica.saturated:.0f} however late,",
-        f"  # {_cpu_ms(replica):.1f} CPU ms an image; ready {replica.start_seconds:.1f} s after its start. Memory: at most",
-        f"  # {replica.memory_mb:.0f} MB; {REQUEST:g} times that is requested, {LIMIT:g} times the limit, never below base's.",
+        *textwrap.wrap(told, 118, initial_indent="  # ", subsequent_indent="  # "),
         f"  - target: {{kind: Deployment, {target}}}",
         "    patch: |",
         "      apiVersion: apps/v1",
