@@ -124,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of --clients")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=10.0)
+    parser.add_argument("--say", action="store_true", help="print the Unix seconds when the first call could be due")
     parser.add_argument("--log", type=Path, required=True)
     args = parser.parse_args(arguments)
     load: Crowd | Gateways
@@ -135,6 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not args.bundle:
             parser.error("--grpc needs --bundle: what the model server serves")
         load = Gateways(args.grpc, read_bundle(args.bundle), args.timeout)
+    if args.say:
+        print(time.time(), flush=True)
     if args.clients:
         load.closed(args.clients, args.seconds)
     else:

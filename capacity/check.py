@@ -1,0 +1,352 @@
+"""The simulation against a real cluster, at small scale: replicas and 99th percentile within a fifth.
+
+    KUBECONFIG=... KENNEL_URL=http://127.0.0.1:8080 python -m capacity.check
+
+Kennel must be there (`make kind-deploy`), on one node, whose CPUs everything shares: the pods, Kubernetes, and the load
+where it comes from that machine. First the very pods are measured: with both HPAs held at their least, a few rates
+give CPU an image of each tier and of all else, and latency by how busy the node is; one more replica of each gives
+the time that a start takes and its CPU. Then the HPAs are free, a ramp goes up and down, and replicas are recorded
+each second. The simulation gets the same arrivals, the HPAs and requests as the cluster has them, and the measurement.
+The HPA's looks fall at moments that nobody knows, so it runs with several, and the means are compared.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import figures
+from bench.load import Row
+from bench.prepare import photographs
+from capacity import headroom, manifests
+from capacity.cluster import Cluster, Life, Watch, line, windows
+from capacity.hpa import Flags
+from capacity.manifests import TIERS, Tier
+from capacity.measured import LEVELS, Floats, Latencies, Replica
+from capacity.simulation import Result, Shared, Timing, simulate
+from local.processes import ROOT, environment
+
+WITHIN = 0.2
+RATES = (10.0, 25.0, 40.0, 55.0, 70.0)  # images/s, as many of them as the node bears
+WARM_UP = ((0.0, 40.0), (30.0, 40.0))
+HOLD = 20.0  # seconds of each: the kubelet counts CPU every ten
+BUSIEST = 0.8  # of what the node can answer, at the ramp's height: beyond it, latency is whatever the moment brings
+P99 = "99% within, ms"
+LOW = 5.0  # images/s before the ramp and after
+MOMENTS = tuple((scrape, sync) for scrape in (2.0, 7.0, 12.0) for sync in (1.0, 5.0, 9.0))
+
+
+@dataclass(frozen=True)
+class Pods:
+    """What was measured of the very pods."""
+
+    replicas: Mapping[str, Replica]
+    create: Mapping[str, float]
+    shared: Shared
+
+
+class Load:
+    """Pictures for the ingress, from a process of their own."""
+
+    def __init__(self, url: str, photos: Sequence[Path], scratch: Path) -> None:
+        self.url, self.photos, self.scratch = url.rstrip("/"), photos, scratch
+        self.began = 0.0
+
+    def run(self, knots: Sequence[tuple[float, float]], seed: int) -> list[Row]:
+        with self.running(knots, seed) as rows:
+            pass
+        return rows
+
+    @contextlib.contextmanager
+    def running(self, knots: Sequence[tuple[float, float]], seed: int) -> Iterator[list[Row]]:
+        """The calls, once the block is left and the last is answered. `began`: about when the first was due."""
+        log = self.scratch / "calls.tsv"
+        words = [sys.executable, "-m", "capacity.load", "--http", f"{self.url}/predict", "--log", str(log)]
+        words += ["--bodies", *map(str, self.photos), "--seed", str(seed), "--say"]
+        words += ["--rate", ",".join(f"{second:g}:{rate:g}" for second, rate in knots)]
+        rows: list[Row] = []
+        with subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            self.began = float(process.stdout.readline())
+            try:
+                yield rows
+            except BaseException:
+                process.kill()
+                raise
+            if process.wait():
+                raise SystemExit(f"check: the load generator ended with exit code {process.returncode}")
+        rows += figures.read(log)
+
+
+def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier]) -> Pods:
+    """The pods as they are, at their least, and one more of each."""
+    least = {tier.name: tier.scaling.least for tier in tiers}
+    cluster.bounds(least, least)
+    print("holding both HPAs at their least; a first load, which warms them up", flush=True)
+    load.run(WARM_UP, seed=90)
+    steps: dict[float, list[Row]] = {}
+    points: dict[str, list[tuple[float, float]]] = {name: [] for name in (*TIERS, "")}
+    with cluster.watch() as watch:
+        for rate in RATES:
+            rows = load.run([(0, rate), (HOLD, rate)], seed=int(rate))
+            for name, samples in watch.cpu.items():
+                of = watch.lives[name].tier if name else ""
+                share = rate / least[of] if of else rate
+                points[of] += [(share, cores) for *_, cores in windows(samples, load.began, load.began + HOLD)]
+            told = figures.summary(rows, HOLD)
+            print(f"  {rate:g} images/s: p50 {told['p50_ms']:.0f} ms, p99 {told['p99_ms']:.0f} ms", flush=True)
+            if told["failed"] or told["refused"]:
+                break
+            steps[rate] = rows
+            node, an_image = line(points[""]) if len(points[""]) > 1 else (0.0, 0.0)
+            if (
+                an_image
+                and RATES[min(len(steps), len(RATES) - 1)] > BUSIEST * (float(cluster.node_cpus) - node) / an_image
+            ):
+                break
+    if len(steps) < 2:
+        raise SystemExit("check: the cluster does not bear 25 images/s without refusing any: too little to measure")
+    fitted = {name: line(found) for name, found in points.items()}
+    rate = sorted(steps)[len(steps) // 2]
+    print(f"one more replica of each, at {rate:g} images/s", flush=True)
+    started = start(cluster, load, least, rate)
+    replicas, create = {}, {}
+    for tier in tiers:
+        idle, an_image = fitted[tier.name]
+        lives, cores = started[tier.name]
+        saturated = (tier.limit - idle) / max(an_image, 1e-6)
+        seconds = statistics.mean(life.ready - life.started for life in lives)
+        create[tier.name] = statistics.mean(life.started - life.created for life in lives)
+        replicas[tier.name] = Replica(
+            tier.name, 1, saturated, saturated, tier.limit, idle, max(0.5, seconds), cores, 0.0, ()
+        )  # fmt: skip
+    node, an_image = fitted[""]
+    fixed = max(0.0, node - sum(least[name] * fitted[name][0] for name in TIERS))
+    others = max(0.0, an_image - sum(fitted[name][1] for name in TIERS))
+    cpus = float(cluster.node_cpus)
+    able = (cpus - node) / an_image
+    quantiles = {
+        rate / able: tuple(np.quantile([1e3 * row.seconds for row in rows if row.status == 200], LEVELS).tolist())
+        for rate, rows in steps.items()
+    }
+    return Pods(replicas, create, Shared(cpus, fixed, others, Latencies.of(quantiles)))
+
+
+def start(cluster: Cluster, load: Load, least: Mapping[str, int], rate: float) -> dict[str, tuple[list[Life], float]]:
+    """One more of each under load, then as before -> their pods, and the CPUs that a start took."""
+    more = {name: count + 1 for name, count in least.items()}
+    with cluster.watch() as watch:
+        there = set(watch.lives)
+        with load.running([(0, rate), (60, rate)], seed=91):
+            time.sleep(5)
+            cluster.bounds(more, more)
+            time.sleep(40)
+    cluster.bounds(least, least)
+    found = {}
+    for name in least:
+        lives = [life for life in watch.lives.values() if life.name not in there and life.tier == name]
+        lives = [life for life in lives if not math.isnan(life.ready)]
+        if not lives:
+            raise SystemExit(f"check: one more {name} was not ready within 40 s: has the node room for it?")
+        found[name] = lives, statistics.mean(_start_cores(watch, life) for life in lives)
+    return found
+
+
+def _start_cores(watch: Watch, life: Life) -> float:
+    """CPUs from its container's start until it was ready: by the first counting after that, which has some seconds of
+    work in it too."""
+    after = [(at, seconds) for at, seconds in sorted(watch.cpu.get(life.name, {}).items()) if at >= life.ready]
+    if not after:
+        return 1.0
+    return min(1.0, after[0][1] / max(1.0, after[0][0] - life.started))
+
+
+def ramp(peak: float) -> list[tuple[float, float]]:
+    return [(0, LOW), (30, LOW), (120, peak), (180, peak), (200, LOW), (340, LOW)]
+
+
+def height(pods: Pods, tiers: Sequence[Tier], cluster: Cluster) -> float:
+    """The ramp's: half above what makes the later tier grow, as far as the node bears it. Raises SystemExit where that
+    makes none grow."""
+    able = (
+        pods.shared.cpus - pods.shared.fixed - sum(t.scaling.least * pods.replicas[t.name].idle_cores for t in tiers)
+    ) / (pods.shared.per_image + sum(1 / _images(pods.replicas[tier.name]) for tier in tiers))
+    grows = {}
+    for tier in tiers:
+        replica = pods.replicas[tier.name]
+        target = (tier.scaling.utilization * tier.request / 100 or tier.scaling.value / 1e3) * (1 + Flags.tolerance)
+        grows[tier.name] = tier.scaling.least * max(0.0, target - replica.idle_cores) * _images(replica)
+    told = ", ".join(f"the {name} grows beyond {rate:.0f} images/s" for name, rate in grows.items())
+    print(f"{told}; the node answers {able:.0f}", flush=True)
+    peak = min(1.5 * max(grows.values()), BUSIEST * able)
+    if peak < 1.1 * min(grows.values()):
+        raise SystemExit(
+            "check: on this node no tier would grow before its CPUs are spent: a larger one, or lower requests"
+        )
+    return peak
+
+
+def _images(replica: Replica) -> float:
+    """Images a CPU second."""
+    return replica.saturated / max(1e-6, replica.saturated_cores - replica.idle_cores)
+
+
+def simulated(pods: Pods, tiers: Sequence[Tier], offered: Floats, flags: Flags, moments: tuple[float, float]) -> Result:
+    """The same arrivals, with the first scrape and the first look of the HPAs at these moments."""
+    # A start is known as it was, from the container to the pod's readiness: nothing is to be rounded.
+    exact = [dataclasses.replace(tier, probe=pods.replicas[tier.name].start_seconds) for tier in tiers]
+    return simulate(
+        [(tier, pods.replicas[tier.name]) for tier in exact],
+        offered,
+        0.3,
+        flags=flags,
+        timing=Timing(create=pods.create, scrape=moments[0], sync=moments[1]),
+        limits=headroom.limits(tiers),
+        shared=pods.shared,
+    )
+
+
+def compare(real: Mapping[str, float], results: Sequence[Result]) -> list[tuple[str, float, float, float]]:
+    """(what, real, simulated, their ratio)"""
+    guesses: dict[str, list[float]] = {}
+    for result in results:
+        for name in TIERS:
+            guesses.setdefault(f"{name}: replica seconds", []).append(float(result.replicas[name].sum()) * result.tick)
+            guesses.setdefault(f"{name}: replicas at most", []).append(float(result.replicas[name].max()))
+        guesses.setdefault(P99, []).append(1e3 * result.percentile(0.99))
+    means = {what: statistics.mean(found) for what, found in guesses.items()}
+    return [(what, real[what], mean, mean / real[what] if real[what] else math.nan) for what, mean in means.items()]
+
+
+def observed(watch: Watch, rows: Sequence[Row], began: float, seconds: float) -> dict[str, float]:
+    """What the cluster did from `began` on."""
+    found: dict[str, float] = {}
+    ats = np.array([seen.at - began for seen in watch.seen])
+    for name in TIERS:
+        wanted = np.array([seen.wanted[name] for seen in watch.seen], float)
+        # As it stood at each second: a look that came late counts for the seconds before it.
+        each = wanted[np.clip(np.searchsorted(ats, np.arange(seconds), "right") - 1, 0, len(wanted) - 1)]
+        found[f"{name}: replica seconds"], found[f"{name}: replicas at most"] = float(each.sum()), float(each.max())
+    right = [row.seconds for row in rows if row.status == 200]
+    found[P99] = 1e3 * (figures.percentile(right, 0.99) or math.nan)
+    found["not answered"] = float(len(rows) - len(right))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="capacity.check", description=__doc__)
+    parser.add_argument("--data", type=Path, help="a folder of photographs; drawings where there is none")
+    parser.add_argument("--sync-period", type=float, default=Flags.sync_period, help="of this cluster's HPA controller")
+    parser.add_argument(
+        "--peak", type=float, help="images/s at the ramp's height; chosen by the measurement by default"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "capacity" / "check.json")
+    args = parser.parse_args(arguments)
+    url = os.environ.get("KENNEL_URL")
+    if not url or not os.environ.get("KUBECONFIG"):
+        raise SystemExit("check: KENNEL_URL and KUBECONFIG say which cluster may be used: its ingress and its API")
+    cluster, flags = Cluster(), Flags(sync_period=args.sync_period)
+    tiers = manifests.read(cluster.objects())
+    least, most = ({tier.name: getattr(tier.scaling, bound) for tier in tiers} for bound in ("least", "most"))
+    with tempfile.TemporaryDirectory(prefix="check-") as scratch:
+        load = Load(url, photographs(args.data)["small"], Path(scratch))
+        try:
+            pods = measure(cluster, load, tiers)
+            peak = args.peak or height(pods, tiers, cluster)
+            settle(cluster, least)
+        finally:
+            cluster.bounds(least, most)
+        knots = ramp(peak)
+        print(f"the ramp, to {peak:.0f} images/s, {knots[-1][0] / 60:.0f} minutes", flush=True)
+        with cluster.watch() as watch, load.running(knots, seed=92) as rows:
+            began = load.began
+    real = observed(watch, rows, began, knots[-1][0])
+    offered = np.bincount([int(row.due) for row in rows], minlength=int(knots[-1][0])).astype(float)
+    results = [simulated(pods, tiers, offered, flags, moments) for moments in MOMENTS]
+    compared = compare(real, results)
+    for what, a, b, ratio in compared:
+        print(f"{what:32} cluster {a:8.1f}  simulated {b:8.1f}  ratio {ratio:.2f}")
+    print(f"not answered: {real['not answered']:.0f} of {len(rows)}")
+    write(args.out, pods, peak, compared, watch, rows, results, began)
+    missed = [what for what, *_, ratio in compared if not abs(ratio - 1) <= WITHIN]
+    grew = any(real[f"{name}: replicas at most"] > least[name] for name in TIERS)
+    if missed or not grew:
+        raise SystemExit(f"check: not within {WITHIN:.0%}: {', '.join(missed)}" if missed else "check: no tier grew")
+    print(f"all within {WITHIN:.0%}")
+
+
+def settle(cluster: Cluster, least: Mapping[str, int], seconds: float = 180) -> None:
+    """Until the pods are the least, no other is leaving, and half a minute of rest."""
+    deadline = time.monotonic() + seconds
+    while cluster.count() != least:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"check: after {seconds:g} s there are {cluster.count()} pods, not {dict(least)}")
+        time.sleep(1)
+    time.sleep(30)
+
+
+def write(
+    path: Path,
+    pods: Pods,
+    peak: float,
+    compared: Sequence[tuple[str, float, float, float]],
+    watch: Watch,
+    rows: Sequence[Row],
+    results: Sequence[Result],
+    began: float,
+) -> None:
+    """Everything, each second, for whoever asks why."""
+    told: dict[str, Any] = {
+        "peak": peak,
+        "compared": [dict(zip(("what", "cluster", "simulated", "ratio"), row, strict=True)) for row in compared],
+        "pods": {
+            "create": dict(pods.create),
+            "shared": {key: getattr(pods.shared, key) for key in ("cpus", "fixed", "per_image")},
+            "loads": pods.shared.latencies.loads.tolist(),
+            "p99_ms": (1e3 * pods.shared.latencies.seconds[:, int(0.99 * len(LEVELS))]).tolist(),
+            "replicas": [dataclasses.asdict(replica) for replica in pods.replicas.values()],
+        },
+        "seen": [dataclasses.asdict(seen) | {"at": seen.at - began} for seen in watch.seen],
+        "lives": [dataclasses.asdict(life) for life in watch.lives.values()],
+        "answers": by_second(rows),
+        "simulated": [
+            {"replicas": {k: v.tolist() for k, v in r.replicas.items()}, "p99": np.nan_to_num(r.p99).tolist()}
+            for r in results
+        ],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(told) + "\n")
+    print(path)
+
+
+def by_second(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Offered, answered, and half of the answers' latency in ms, of the calls due in each second."""
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        found.setdefault(int(row.due), []).append(row)
+    return [
+        {
+            "second": second,
+            "offered": len(some),
+            "answered": sum(row.status == 200 for row in some),
+            **figures.latencies([row for row in some if row.status == 200]),
+        }
+        for second, some in sorted(found.items())
+    ]
+
+
+if __name__ == "__main__":
+    main()

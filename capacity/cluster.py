@@ -1,0 +1,189 @@
+"""A cluster under load as `capacity.check` sees it: each second, replicas, pods and the CPU they took."""
+
+import contextlib
+import datetime
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from kubernetes import client, config
+
+from capacity.manifests import TIERS, Object
+
+NAMESPACE = "kennel"
+SAMPLE = re.compile(r"^(container|node)_cpu_usage_seconds_total(?:\{(.*)\})? (\S+) (\d+)$", re.MULTILINE)
+
+
+@dataclass
+class Life:
+    """A pod's moments, in Unix seconds; NaN until they came. Kubernetes tells whole seconds."""
+
+    name: str
+    tier: str
+    created: float
+    started: float = float("nan")  # its main container
+    ready: float = float("nan")
+
+
+@dataclass
+class Seen:
+    """One look: replicas as each Deployment is asked for, and those that are ready; what the HPA read, in percent."""
+
+    at: float
+    wanted: dict[str, int]
+    ready: dict[str, int]
+    utilization: dict[str, int | None]
+
+
+@dataclass
+class Watch:
+    """`with watch(...)`: looks each second until the block is left.
+
+    cpu: of each container by its pod's name, and of the node under "": CPU seconds by the moment they were counted.
+    """
+
+    seen: list[Seen] = field(default_factory=list)
+    lives: dict[str, Life] = field(default_factory=dict)
+    cpu: dict[str, dict[float, float]] = field(default_factory=dict)
+
+    def now(self) -> Seen:
+        return self.seen[-1]
+
+
+class Cluster:
+    """The current context of KUBECONFIG. Raises SystemExit where it is none with Kennel on one node."""
+
+    def __init__(self) -> None:
+        try:
+            api = config.new_client_from_config()
+        except config.ConfigException as exc:
+            raise SystemExit(f"check: KUBECONFIG names no cluster: {exc}") from exc
+        self.core, self.apps, self.scaling = client.CoreV1Api(api), client.AppsV1Api(api), client.AutoscalingV2Api(api)
+        nodes = self._json(self.core.list_node)["items"]
+        if len(nodes) != 1:
+            raise SystemExit(f"check: the cluster has {len(nodes)} nodes: only one, whose CPUs all share, is modelled")
+        self.node, self.node_cpus = nodes[0]["metadata"]["name"], nodes[0]["status"]["capacity"]["cpu"]
+
+    def _json(self, call: Any, *arguments: str) -> Any:
+        return json.loads(call(*arguments, _preload_content=False).data)
+
+    def objects(self) -> list[Object]:
+        """What is applied, as a manifest has it."""
+        kinds = {
+            "Deployment": self.apps.list_namespaced_deployment,
+            "HorizontalPodAutoscaler": self.scaling.list_namespaced_horizontal_pod_autoscaler,
+            "ConfigMap": self.core.list_namespaced_config_map,
+        }
+        return [one | {"kind": kind} for kind, call in kinds.items() for one in self._json(call, NAMESPACE)["items"]]
+
+    def bounds(self, least: Mapping[str, int], most: Mapping[str, int]) -> None:
+        for name in least:
+            patch = {"spec": {"minReplicas": least[name], "maxReplicas": most[name]}}
+            self.scaling.patch_namespaced_horizontal_pod_autoscaler(name, NAMESPACE, patch)
+
+    def count(self) -> dict[str, int]:
+        """Pods by tier, leaving ones too."""
+        pods = self._json(self.core.list_namespaced_pod, NAMESPACE)["items"]
+        tiers = [pod["metadata"]["labels"].get("app.kubernetes.io/name", "") for pod in pods]
+        return {name: tiers.count(name) for name in TIERS}
+
+    def look(self, watch: Watch) -> None:
+        at = time.time()
+        deployments = {
+            one["metadata"]["name"]: one for one in self._json(self.apps.list_namespaced_deployment, NAMESPACE)["items"]
+        }
+        scalers = {
+            one["metadata"]["name"]: one["status"]
+            for one in self._json(self.scaling.list_namespaced_horizontal_pod_autoscaler, NAMESPACE)["items"]
+        }
+        watch.seen.append(
+            Seen(
+                at,
+                {name: deployments[name]["spec"]["replicas"] for name in TIERS},
+                {name: deployments[name]["status"].get("readyReplicas", 0) for name in TIERS},
+                {name: _utilization(scalers[name]) for name in TIERS},
+            )
+        )
+        for pod in self._json(self.core.list_namespaced_pod, NAMESPACE)["items"]:
+            tier = pod["metadata"]["labels"].get("app.kubernetes.io/name", "")
+            if tier in TIERS:
+                name = pod["metadata"]["name"]
+                life = watch.lives.setdefault(name, Life(name, tier, moment(pod["metadata"]["creationTimestamp"])))
+                for status in pod["status"].get("containerStatuses", []):
+                    if "running" in status["state"]:
+                        life.started = moment(status["state"]["running"]["startedAt"])
+                for condition in pod["status"].get("conditions", []):
+                    if condition["type"] == "Ready" and condition["status"] == "True":
+                        life.ready = moment(condition["lastTransitionTime"])
+        text = self.core.connect_get_node_proxy_with_path(self.node, "metrics/resource", _preload_content=False).data
+        for name, when, seconds in counted(text.decode()):
+            watch.cpu.setdefault(name, {})[when] = seconds
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Watch]:
+        watch, stop = Watch(), threading.Event()
+        errors: list[Exception] = []
+
+        def looks() -> None:
+            due = time.monotonic()
+            while not stop.is_set():
+                try:
+                    self.look(watch)
+                except Exception as exc:  # told below: a thread's own would only be printed
+                    errors.append(exc)
+                due = max(due + 1, time.monotonic())
+                stop.wait(due - time.monotonic())
+
+        self.look(watch)
+        thread = threading.Thread(target=looks)
+        thread.start()
+        try:
+            yield watch
+        finally:
+            stop.set()
+            thread.join()
+        if len(errors) > len(watch.seen) / 10:
+            raise SystemExit(f"check: {len(errors)} of {len(watch.seen)} looks at the cluster failed: {errors[-1]}")
+
+
+def _utilization(status: Mapping[str, Any]) -> int | None:
+    for metric in status.get("currentMetrics") or []:
+        for kind in ("resource", "containerResource"):
+            if kind in metric:
+                found: int | None = metric[kind]["current"].get("averageUtilization")
+                return found
+    return None
+
+
+def counted(text: str) -> Iterator[tuple[str, float, float]]:
+    """The kubelet's /metrics/resource -> pod ("" for the node), moment, CPU seconds, of Kennel's own containers."""
+    for kind, labels, value, milliseconds in SAMPLE.findall(text):
+        told = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        if kind == "node":
+            yield "", int(milliseconds) / 1e3, float(value)
+        elif told.get("namespace") == NAMESPACE and told.get("container") in TIERS:
+            yield told["pod"], int(milliseconds) / 1e3, float(value)
+
+
+def moment(text: str) -> float:
+    return datetime.datetime.fromisoformat(text).timestamp()
+
+
+def windows(samples: Mapping[float, float], begin: float, end: float) -> list[tuple[float, float, float]]:
+    """(from, to, CPUs taken) between each two countings that lie within begin and end."""
+    inside = [(at, value) for at, value in sorted(samples.items()) if begin <= at <= end]
+    return [(a, b, (y - x) / (b - a)) for (a, x), (b, y) in pairwise(inside) if y >= x]
+
+
+def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Least squares through (x, y) -> value at 0 and slope, neither below 0."""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    spread = sum((a - x) ** 2 for a in xs)
+    slope = max(0.0, sum((a - x) * (b - y) for a, b in points) / spread) if spread else 0.0
+    return max(0.0, y - slope * x), slope
