@@ -13,7 +13,7 @@ from typing import Any
 
 from kubernetes import client, config
 
-from capacity.manifests import TIERS, Object
+from capacity.manifests import TIERS, Object, amount
 
 NAMESPACE = "kennel"
 SAMPLE = re.compile(r"^(container|node)_cpu_usage_seconds_total(?:\{(.*)\})? (\S+) (\d+)$", re.MULTILINE)
@@ -60,14 +60,14 @@ class Cluster:
 
     def __init__(self) -> None:
         try:
-            api = config.new_client_from_config()
+            api = config.new_client_from_config()  # type: ignore[no-untyped-call]
         except config.ConfigException as exc:
             raise SystemExit(f"check: KUBECONFIG names no cluster: {exc}") from exc
         self.core, self.apps, self.scaling = client.CoreV1Api(api), client.AppsV1Api(api), client.AutoscalingV2Api(api)
         nodes = self._json(self.core.list_node)["items"]
         if len(nodes) != 1:
             raise SystemExit(f"check: the cluster has {len(nodes)} nodes: only one, whose CPUs all share, is modelled")
-        self.node, self.node_cpus = nodes[0]["metadata"]["name"], nodes[0]["status"]["capacity"]["cpu"]
+        self.node, self.node_cpus = nodes[0]["metadata"]["name"], amount(nodes[0]["status"]["capacity"]["cpu"])
 
     def _json(self, call: Any, *arguments: str) -> Any:
         return json.loads(call(*arguments, _preload_content=False).data)
@@ -89,7 +89,7 @@ class Cluster:
     def count(self) -> dict[str, int]:
         """Pods by tier, leaving ones too."""
         pods = self._json(self.core.list_namespaced_pod, NAMESPACE)["items"]
-        tiers = [pod["metadata"]["labels"].get("app.kubernetes.io/name", "") for pod in pods]
+        tiers = [pod["metadata"].get("labels", {}).get("app.kubernetes.io/name", "") for pod in pods]
         return {name: tiers.count(name) for name in TIERS}
 
     def look(self, watch: Watch) -> None:
@@ -110,7 +110,7 @@ class Cluster:
             )
         )
         for pod in self._json(self.core.list_namespaced_pod, NAMESPACE)["items"]:
-            tier = pod["metadata"]["labels"].get("app.kubernetes.io/name", "")
+            tier = pod["metadata"].get("labels", {}).get("app.kubernetes.io/name", "")
             if tier in TIERS:
                 name = pod["metadata"]["name"]
                 life = watch.lives.setdefault(name, Life(name, tier, moment(pod["metadata"]["creationTimestamp"])))
@@ -120,8 +120,9 @@ class Cluster:
                 for condition in pod["status"].get("conditions", []):
                     if condition["type"] == "Ready" and condition["status"] == "True":
                         life.ready = moment(condition["lastTransitionTime"])
-        text = self.core.connect_get_node_proxy_with_path(self.node, "metrics/resource", _preload_content=False).data
-        for name, when, seconds in counted(text.decode()):
+        read: Any = self.core.connect_get_node_proxy_with_path
+        text = read(self.node, "metrics/resource", _preload_content=False).data.decode()
+        for name, when, seconds in counted(text):
             watch.cpu.setdefault(name, {})[when] = seconds
 
     @contextlib.contextmanager

@@ -1,0 +1,159 @@
+"""What the very pods of a cluster take: CPU an image, latency by how busy their node is, the time of a start."""
+
+import contextlib
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bench import figures
+from bench.load import Row
+from capacity.cluster import Cluster, Life, Watch, line, windows
+from capacity.manifests import TIERS, Tier
+from capacity.measured import LEVELS, Latencies, Replica
+from capacity.simulation import Shared
+from local.processes import ROOT, environment
+
+RATES = (10.0, 25.0, 40.0, 55.0, 70.0)  # images/s, as many of them as the node bears
+WARM_UP = ((0.0, 40.0), (30.0, 40.0))
+HOLD = 20.0  # seconds of each: the kubelet counts CPU every ten
+BUSIEST = 0.8  # of what the node can answer, at the ramp's height: beyond it, latency is whatever the moment brings
+
+
+@dataclass(frozen=True)
+class Pods:
+    """What was measured of the very pods.
+
+    create: by tier, seconds from a pod's creation to its container's start; able: images/s that the node answers.
+    """
+
+    replicas: Mapping[str, Replica]
+    create: Mapping[str, float]
+    shared: Shared
+    able: float
+
+
+class Load:
+    """Pictures for the ingress, from a process of their own."""
+
+    def __init__(self, url: str, photos: Sequence[Path], scratch: Path) -> None:
+        self.url, self.photos, self.scratch = url.rstrip("/"), photos, scratch
+        self.began = 0.0
+
+    def run(self, knots: Sequence[tuple[float, float]], seed: int) -> list[Row]:
+        with self.running(knots, seed) as rows:
+            pass
+        return rows
+
+    @contextlib.contextmanager
+    def running(self, knots: Sequence[tuple[float, float]], seed: int) -> Iterator[list[Row]]:
+        """The calls, once the block is left and the last is answered. `began`: about when the first was due."""
+        log = self.scratch / "calls.tsv"
+        words = [sys.executable, "-m", "capacity.load", "--http", f"{self.url}/predict", "--log", str(log)]
+        words += ["--bodies", *map(str, self.photos), "--seed", str(seed), "--say"]
+        words += ["--rate", ",".join(f"{second:g}:{rate:g}" for second, rate in knots)]
+        rows: list[Row] = []
+        with subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout
+            if not (said := process.stdout.readline()):
+                raise SystemExit(f"check: the load generator ended with exit code {process.wait()}")
+            self.began = float(said)
+            try:
+                yield rows
+            except BaseException:
+                process.kill()
+                raise
+            if process.wait():
+                raise SystemExit(f"check: the load generator ended with exit code {process.returncode}")
+        rows += figures.read(log)
+
+
+def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier]) -> Pods:
+    """The pods as they are, at their least, and one more of each."""
+    least = {tier.name: tier.scaling.least for tier in tiers}
+    cluster.bounds(least, least)
+    print("holding both HPAs at their least; a first load, which warms them up", flush=True)
+    load.run(WARM_UP, seed=90)
+    steps: dict[float, list[Row]] = {}
+    points: dict[str, list[tuple[float, float]]] = {name: [] for name in (*TIERS, "")}
+    with cluster.watch() as watch:
+        for rate in RATES:
+            rows = load.run([(0, rate), (HOLD, rate)], seed=int(rate))
+            for name, samples in watch.cpu.items():
+                of = watch.lives[name].tier if name in watch.lives else ""
+                share = rate / least[of] if of else rate
+                if of or not name:
+                    points[of] += [(share, cores) for *_, cores in windows(samples, load.began, load.began + HOLD)]
+            told = figures.summary(rows, HOLD)
+            print(f"  {rate:g} images/s: p50 {told['p50_ms']:.0f} ms, p99 {told['p99_ms']:.0f} ms", flush=True)
+            if told["failed"] or told["refused"]:
+                break
+            steps[rate] = rows
+            if len(steps) > 1 and 1.3 * rate > BUSIEST * node_able(cluster, points[""]):
+                break  # the next would be beyond what is to be known
+    if len(steps) < 2:
+        raise SystemExit("check: the cluster does not bear 25 images/s without refusing any: too little to measure")
+    fitted = {name: line(found) for name, found in points.items()}
+    rate = sorted(steps)[len(steps) // 2]
+    print(f"one more replica of each, at {rate:g} images/s", flush=True)
+    started = start(cluster, load, least, rate)
+    replicas, create = {}, {}
+    for tier in tiers:
+        idle, an_image = fitted[tier.name]
+        lives, cores = started[tier.name]
+        saturated = (tier.limit - idle) / max(an_image, 1e-6)
+        seconds = statistics.mean(life.ready - life.started for life in lives)
+        create[tier.name] = statistics.mean(life.started - life.created for life in lives)
+        replicas[tier.name] = Replica(
+            tier.name, 1, saturated, saturated, tier.limit, idle, max(0.5, seconds), cores, 0.0, ()
+        )  # fmt: skip
+    node, an_image = fitted[""]
+    fixed = max(0.0, node - sum(least[name] * fitted[name][0] for name in TIERS))
+    others = max(0.0, an_image - sum(fitted[name][1] for name in TIERS))
+    able = node_able(cluster, points[""])
+    quantiles = {
+        rate / able: tuple(np.quantile([1e3 * row.seconds for row in rows if row.status == 200], LEVELS).tolist())
+        for rate, rows in steps.items()
+    }
+    return Pods(replicas, create, Shared(cluster.node_cpus, fixed, others, Latencies.of(quantiles)), able)
+
+
+def node_able(cluster: Cluster, points: Sequence[tuple[float, float]]) -> float:
+    """Images a second, by (rate, CPUs that the node was busy)."""
+    idle, an_image = line(points)
+    return (cluster.node_cpus - idle) / max(an_image, 1e-6)
+
+
+def start(cluster: Cluster, load: Load, least: Mapping[str, int], rate: float) -> dict[str, tuple[list[Life], float]]:
+    """One more of each under load, then as before -> their pods, and the CPUs that a start took."""
+    more = {name: count + 1 for name, count in least.items()}
+    with cluster.watch() as watch:
+        there = set(watch.lives)
+        with load.running([(0, rate), (60, rate)], seed=91):
+            time.sleep(5)
+            cluster.bounds(more, more)
+            time.sleep(40)
+    cluster.bounds(least, least)
+    found = {}
+    for name in least:
+        lives = [life for life in watch.lives.values() if life.name not in there and life.tier == name]
+        lives = [life for life in lives if not math.isnan(life.ready)]
+        if not lives:
+            raise SystemExit(f"check: one more {name} was not ready within 40 s: has the node room for it?")
+        found[name] = lives, statistics.mean(_start_cores(watch, life) for life in lives)
+    return found
+
+
+def _start_cores(watch: Watch, life: Life) -> float:
+    """CPUs from its container's start until it was ready: by the first counting after that, which has some seconds of
+    work in it too."""
+    after = [(at, seconds) for at, seconds in sorted(watch.cpu.get(life.name, {}).items()) if at >= life.ready]
+    if not after:
+        return 1.0
+    return min(1.0, after[0][1] / max(1.0, after[0][0] - life.started))
