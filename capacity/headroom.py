@@ -18,6 +18,7 @@ from gateway.admission import LEAST
 from gateway.settings import Settings
 
 DOUBLING, TIMES = 300.0, 2  # seconds, and how often
+LEAST_SHARE = 0.3  # of capacity; a quarter would carry that growth with no new replica
 SETTLED = 120  # seconds of steady load before
 MOMENTS = ((4.0, 9.0), (8.0, 9.0), (13.0, 14.0), (1.0, 15.0))  # of the first scrape and the first look
 QUEUE = 100.0  # model-server/serve.py's queue_size
@@ -35,16 +36,16 @@ def limits(tiers: Sequence[Tier]) -> Limits:
 def targets(tiers: Sequence[Tier], measured: Measured) -> dict[str, int]:
     """{tier: percent of its request}: the same share of what is used at capacity, for both.
 
-    Raises SystemExit where even a fifth of capacity leaves no room.
+    Raises SystemExit where that is so little that new replicas came too late for anything.
     """
     low, high = 0.0, 1.0
     while high - low > 0.01:
         share = (low + high) / 2
         low, high = (share, high) if grows(tiers, measured, share) else (low, share)
-    if low < 0.2:
+    if low < LEAST_SHARE:
         raise SystemExit(
-            f"calibrate: load that doubles in {DOUBLING:.0f} s is answered too late at any target: replicas start too "
-            f"slowly, or {measured.objective_ms:g} ms are too little"
+            f"calibrate: load that doubles in {DOUBLING:.0f} s is answered too late at any sensible target: replicas "
+            f"start too slowly, or {measured.objective_ms:g} ms are too little"
         )
     return {tier.name: _percent(tier, measured, low) for tier in tiers}
 
