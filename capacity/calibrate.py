@@ -1,8 +1,8 @@
 """What one replica of each tier carries under a latency objective: `make calibrate`.
 
 Each tier alone, on the CPUs of one replica, by affinity, which it honours as it does a container's limit
-(bundle/cpus.py); the load, and whatever else the tier needs, on the others. The model server is called by the
-gateway's client with pixels, the gateway over HTTP with photographs, before a model server of the same input and
+(bundle/cpus.py); the load, and whatever else the tier needs, on the others. The model server is called with
+pixels by the gateway's own code, the gateway over HTTP with photographs, before a model server of the same input and
 classes whose graph is nearly empty, so that the gateway is the first to be busy. Arrivals are Poisson, each on a
 connection of its own; the highest rate at which all are answered and 99% within the objective is found by bisection
 and confirmed by a longer run. The result is a kustomize component: requests, limits and the HPAs' targets for base,

@@ -16,6 +16,12 @@ from kubernetes import client, config
 from capacity.manifests import TIERS, Object, amount
 
 NAMESPACE = "kennel"
+PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
+KINDS = {
+    "Deployment": f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments",
+    "HorizontalPodAutoscaler": f"/apis/autoscaling/v2/namespaces/{NAMESPACE}/horizontalpodautoscalers",
+    "ConfigMap": f"/api/v1/namespaces/{NAMESPACE}/configmaps",
+}
 SAMPLE = re.compile(r"^(container|node)_cpu_usage_seconds_total(?:\{(.*)\})? (\S+) (\d+)$", re.MULTILINE)
 
 
@@ -60,47 +66,47 @@ class Cluster:
 
     def __init__(self) -> None:
         try:
-            api = config.new_client_from_config()  # type: ignore[no-untyped-call]
+            self._api = config.new_client_from_config()  # type: ignore[no-untyped-call]
         except config.ConfigException as exc:
             raise SystemExit(f"check: KUBECONFIG names no cluster: {exc}") from exc
-        self.core, self.apps, self.scaling = client.CoreV1Api(api), client.AppsV1Api(api), client.AutoscalingV2Api(api)
-        nodes = self._json(self.core.list_node)["items"]
+        nodes = self._items("/api/v1/nodes")
         if len(nodes) != 1:
             raise SystemExit(f"check: the cluster has {len(nodes)} nodes: only one, whose CPUs all share, is modelled")
         self.node, self.node_cpus = nodes[0]["metadata"]["name"], amount(nodes[0]["status"]["capacity"]["cpu"])
 
-    def _json(self, call: Any, *arguments: str) -> Any:
-        return json.loads(call(*arguments, _preload_content=False).data)
+    def _get(self, path: str) -> bytes:
+        """As it comes: to make objects of it takes longer than a second of them may."""
+        asked = self._api.param_serialize("GET", path, auth_settings=["BearerToken"])
+        response = self._api.call_api(*asked, _request_timeout=10)
+        body: bytes = response.read()
+        if response.status != 200:
+            raise OSError(f"{path}: {response.status} {body[:200].decode(errors='replace')}")
+        return body
+
+    def _items(self, path: str) -> list[Object]:
+        found: list[Object] = json.loads(self._get(path))["items"]
+        return found
 
     def objects(self) -> list[Object]:
         """What is applied, as a manifest has it."""
-        kinds = {
-            "Deployment": self.apps.list_namespaced_deployment,
-            "HorizontalPodAutoscaler": self.scaling.list_namespaced_horizontal_pod_autoscaler,
-            "ConfigMap": self.core.list_namespaced_config_map,
-        }
-        return [one | {"kind": kind} for kind, call in kinds.items() for one in self._json(call, NAMESPACE)["items"]]
+        return [one | {"kind": kind} for kind, path in KINDS.items() for one in self._items(path)]
 
     def bounds(self, least: Mapping[str, int], most: Mapping[str, int]) -> None:
+        """The HPAs' minReplicas and maxReplicas."""
+        scaling = client.AutoscalingV2Api(self._api)
         for name in least:
             patch = {"spec": {"minReplicas": least[name], "maxReplicas": most[name]}}
-            self.scaling.patch_namespaced_horizontal_pod_autoscaler(name, NAMESPACE, patch)
+            scaling.patch_namespaced_horizontal_pod_autoscaler(name, NAMESPACE, patch)
 
     def count(self) -> dict[str, int]:
         """Pods by tier, leaving ones too."""
-        pods = self._json(self.core.list_namespaced_pod, NAMESPACE)["items"]
-        tiers = [pod["metadata"].get("labels", {}).get("app.kubernetes.io/name", "") for pod in pods]
+        tiers = [pod["metadata"].get("labels", {}).get("app.kubernetes.io/name", "") for pod in self._items(PODS)]
         return {name: tiers.count(name) for name in TIERS}
 
     def look(self, watch: Watch) -> None:
         at = time.time()
-        deployments = {
-            one["metadata"]["name"]: one for one in self._json(self.apps.list_namespaced_deployment, NAMESPACE)["items"]
-        }
-        scalers = {
-            one["metadata"]["name"]: one["status"]
-            for one in self._json(self.scaling.list_namespaced_horizontal_pod_autoscaler, NAMESPACE)["items"]
-        }
+        deployments = {one["metadata"]["name"]: one for one in self._items(KINDS["Deployment"])}
+        scalers = {one["metadata"]["name"]: one["status"] for one in self._items(KINDS["HorizontalPodAutoscaler"])}
         watch.seen.append(
             Seen(
                 at,
@@ -109,7 +115,7 @@ class Cluster:
                 {name: _utilization(scalers[name]) for name in TIERS},
             )
         )
-        for pod in self._json(self.core.list_namespaced_pod, NAMESPACE)["items"]:
+        for pod in self._items(PODS):
             tier = pod["metadata"].get("labels", {}).get("app.kubernetes.io/name", "")
             if tier in TIERS:
                 name = pod["metadata"]["name"]
@@ -120,8 +126,7 @@ class Cluster:
                 for condition in pod["status"].get("conditions", []):
                     if condition["type"] == "Ready" and condition["status"] == "True":
                         life.ready = moment(condition["lastTransitionTime"])
-        read: Any = self.core.connect_get_node_proxy_with_path
-        text = read(self.node, "metrics/resource", _preload_content=False).data.decode()
+        text = self._get(f"/api/v1/nodes/{self.node}/proxy/metrics/resource").decode()
         for name, when, seconds in counted(text):
             watch.cpu.setdefault(name, {})[when] = seconds
 

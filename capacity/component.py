@@ -42,6 +42,7 @@ def text(measured: Measured, tiers: Sequence[Tier], targets: Mapping[str, int]) 
         f"# Python {machine['python']}, {versions};",
         f"# bundle {where['bundle']['name']} {where['bundle']['version']} {where['bundle']['digest'][:12]}.",
         "# On another processor or with another bundle these are other figures. Every step is in measured.json.",
+        "# Percent are of these requests: an overlay with requests of its own, as kind's, overrules only them.",
         "apiVersion: kustomize.config.k8s.io/v1alpha1",
         "kind: Component",
         "patches:",

@@ -8,25 +8,29 @@ Latency counts from the moment a call was due. The log is bench.load's.
 """
 
 import argparse
+import contextlib
 import itertools
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from bench.load import GOOD, LOST, TIMED_OUT, WRONG, Generator, Row
-from bundle import wire
+from bench.load import GOOD, LOST, TIMED_OUT, Generator, Row
 from bundle.golden import draw
 from bundle.manifest import Manifest
 from bundle.manifest import read as read_bundle
 from capacity.measured import Floats
 from gateway.client import Client
 from gateway.errors import Overloaded, Problem, TimedOut
+from gateway.models import Model
+from gateway.settings import Settings
 
-MOST = 512  # gRPC calls under way: more than a model server that keeps the objective ever has
+MOST = 512  # pictures under way to a model server: more than one that keeps the objective ever has
+DEADLINE = Settings.deadline_seconds
 Knots = Sequence[tuple[float, float]]  # second, calls a second; straight lines between them
 
 
@@ -58,17 +62,24 @@ class Crowd(Generator):
             self._turn(0.1)
 
 
-class Gateways:
-    """Calls of a model server with drawn pixels, through the gateway's own client."""
+class Decoded(Model):
+    """A gateway's model, for pictures that are pixels already."""
 
-    def __init__(self, target: str, manifest: Manifest, timeout: float) -> None:
-        self._client, self._manifest, self._timeout = Client(target, MOST, timeout), manifest, timeout
-        resize, contract = manifest.input.resize, manifest.input.contract
-        drawn = draw(8, resize.height, resize.width, seed=5)
-        self._entries = [wire.request({contract: picture.tobytes()}, {manifest.digest}) for picture in drawn]
+    def _pixels(self, data: bytes, *_: Any) -> bytes:
+        return data
+
+
+class Gateway:
+    """Calls of a model server with drawn pixels, as one gateway makes them that has nothing else to do."""
+
+    def __init__(self, target: str, manifest: Manifest) -> None:
+        resize = manifest.input.resize
+        self._pixels = [picture.tobytes() for picture in draw(8, resize.height, resize.width, seed=5)]
+        self._model = Decoded(manifest.name, Client(target, MOST), threading.Semaphore(MOST), 0)
         self._number, self.rows = itertools.count(), list[Row]()
 
     def at(self, times: Floats) -> None:
+        """As Crowd's."""
         start = time.perf_counter()
         with ThreadPoolExecutor(MOST) as threads:
             for due in times.tolist():
@@ -77,6 +88,7 @@ class Gateways:
                 threads.submit(self._call, start, due)
 
     def closed(self, clients: int, seconds: float) -> None:
+        """As bench.load's."""
         start = time.perf_counter()
 
         def client() -> None:
@@ -90,15 +102,15 @@ class Gateways:
             thread.join()
 
     def _call(self, start: float, due: float) -> None:
-        entries = self._entries[next(self._number) % len(self._entries)]
+        pixels = self._pixels[next(self._number) % len(self._pixels)]
         try:
-            told = self._client.predictions(self._manifest.name, entries, time.monotonic() + self._timeout)
-            status = 200 if wire.unpack(told).status == "ok" else WRONG
+            self._model.predict(pixels, time.monotonic() + DEADLINE, lambda _: contextlib.nullcontext())
+            status = 200
         except Overloaded:
             status = 503
         except TimedOut:
             status = TIMED_OUT
-        except (Problem, wire.FrameError):
+        except Problem:
             status = LOST
         self.rows.append(Row(due, time.perf_counter() - start - due, status, GOOD))
 
@@ -123,19 +135,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     how.add_argument("--clients", type=int, help="who call again as soon as they have their answer")
     parser.add_argument("--seconds", type=float, default=5.0, help="of --clients")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=10.0)
     parser.add_argument("--say", action="store_true", help="print the Unix seconds when the first call could be due")
     parser.add_argument("--log", type=Path, required=True)
     args = parser.parse_args(arguments)
-    load: Crowd | Gateways
+    load: Crowd | Gateway
     if args.http:
         if not args.bodies:
             parser.error("--http needs --bodies: pictures to send")
-        load = Crowd(args.http, [path.read_bytes() for path in args.bodies], timeout=args.timeout)
+        load = Crowd(args.http, [path.read_bytes() for path in args.bodies])
     else:
         if not args.bundle:
             parser.error("--grpc needs --bundle: what the model server serves")
-        load = Gateways(args.grpc, read_bundle(args.bundle), args.timeout)
+        load = Gateway(args.grpc, read_bundle(args.bundle))
     if args.say:
         print(time.time(), flush=True)
     if args.clients:

@@ -1,0 +1,161 @@
+"""Finding what a replica carries, with a replica whose figures are known, and with the real parts beside it."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from replicas import step
+from tiny import picture, tiny_bundle
+
+from bench.load import GOOD, Row
+from bundle import picture as pictures
+from bundle import wire
+from capacity import calibrate, stand
+from capacity.measured import Step
+from capacity.replica import Bench, line
+
+
+class Known:
+    """A Bench that answers `saturated` images a second, and at low load after 20 ms."""
+
+    name, cpus, start_seconds, start_cores, idle_cores, peak_mb, objective_ms = (
+        "gateway",
+        [0],
+        1.0,
+        0.9,
+        0.02,
+        250.0,
+        300.0,
+    )
+
+    def __init__(self, saturated: float, luck: float = 0.0) -> None:
+        self.saturated, self.luck = saturated, luck
+        self.steps: list[Step] = []
+
+    def idle(self) -> None:
+        pass
+
+    def saturate(self, seconds: float) -> tuple[float, float]:
+        return self.saturated, 1.0
+
+    def step(self, rate: float, seconds: float = 8.0) -> Step:
+        real = self.saturated * (1 + self.luck if seconds < calibrate.CONFIRM else 1)
+        load = min(rate / real, 0.999)
+        found = step(load * real, real, 20.0)
+        found = dataclasses.replace(found, rate=rate, passed=found.p99_ms <= self.objective_ms)
+        self.steps.append(found)
+        return found
+
+
+def test_finds_the_highest_rate_that_keeps_the_objective():
+    """p99 = 20 + 46 load / (1 - load) ms: 300 ms at 0.858 of what saturates."""
+    bench = Known(200)
+    found = calibrate.search(bench)
+    assert 0.858 - 2 * calibrate.PRECISION < found.capacity / 200 <= 0.858
+    assert found.saturated == 200
+    assert len(bench.steps) <= 8, "a minute and a half"
+    assert found.steps[-1].rate == found.capacity
+
+
+def test_what_a_longer_run_does_not_confirm_is_not_what_it_carries():
+    found = calibrate.search(Known(200, luck=0.2))
+    assert found.capacity / 200 <= 0.858
+    assert not all(one.passed for one in found.steps)
+
+
+def test_little_load_answered_too_late_is_told():
+    bench = Known(200)
+    bench.objective_ms = 25.0
+    with pytest.raises(SystemExit, match=r"even 50 images/s, a quarter of .* miss the objective of 25 ms"):
+        calibrate.search(bench)
+
+
+def test_cpus_are_kept_apart(monkeypatch):
+    monkeypatch.setattr(stand.os, "sched_getaffinity", lambda _: {2, 5, 7})
+    assert stand.split({"gateway": 1.0, "model-server": 2.0}, None) == {
+        "gateway": ([2], [5, 7]),
+        "model-server": ([2, 5], [7]),
+    }
+    assert stand.split({"gateway": 0.5}, 2) == {"gateway": ([2, 5], [7])}
+
+
+@pytest.mark.parametrize(
+    ("limit", "given", "says"),
+    [
+        (1.0, None, r"there are 1 CPU\(s\) here and one gateway takes 1: at least one more is needed"),
+        (4.0, None, "one gateway takes 4"),
+        (0.5, None, r"may take 0.5 CPUs by its limit, and only whole ones can be kept apart"),
+        (0.5, 2, "one gateway takes 2"),
+    ],
+)
+def test_too_few_cpus_are_told(monkeypatch, limit, given, says):
+    monkeypatch.setattr(stand.os, "sched_getaffinity", lambda _: {0})
+    with pytest.raises(SystemExit, match=says):
+        stand.split({"gateway": limit}, given)
+
+
+def test_what_is_started_inside_has_those_cpus_alone():
+    before = stand.os.sched_getaffinity(0)
+    one = min(before)
+    with stand.pinned([one]):
+        assert stand.os.sched_getaffinity(0) == {one}
+    assert stand.os.sched_getaffinity(0) == before
+
+
+def test_the_light_bundle_is_the_same_to_a_gateway(tmp_path: Path):
+    import handler
+
+    real = tiny_bundle(tmp_path / "real", size=40)
+    stand.light(tmp_path / "real", tmp_path / "light")
+    model = handler.Model(tmp_path / "light")
+    assert (model.manifest.name, model.manifest.classes) == (real.name, real.classes)
+    assert model.manifest.input.contract == real.input.contract
+    pixels = pictures.load(picture("red"), real.input.resize)
+    [frame] = model.answer([wire.request({real.input.contract: pixels.tobytes()}, ())])
+    answer = wire.unpack(frame)
+    assert answer.status == "ok"
+    assert answer.logits is not None
+    assert answer.logits.reshape(-1).shape == (len(real.classes),)
+
+
+class Told(Bench):
+    """A Bench of which only the load is not real."""
+
+    def __post_init__(self) -> None:
+        self.steps, self.rows = [], []
+
+    def run(self, *words: str):
+        return self.rows, {"cpu_ms": 4.0, "beside": 0.5, "others": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("status", "seconds", "passed"), [(200, 0.1, True), (200, 0.4, False), (503, 0.1, False), (0, 0.1, False)]
+)
+def test_a_step_passes_where_all_are_answered_in_time(status, seconds, passed):
+    bench = Told("gateway", None, [], [0], [1], 1.0, 300.0, idle_cores=0.1)
+    times = np.linspace(0, 9.5, 950, endpoint=False)
+    bench.rows = [Row(t, 0.02, 200, GOOD) for t in times]
+    bench.rows += [Row(1.5 + i, seconds, status, GOOD) for i in np.linspace(0, 7.9, 20)]
+    bench.rows.append(Row(0.2, 9.0, 503, GOOD))  # in the lead, which does not count
+    found = bench.step(100.0)
+    assert found.passed is passed
+    assert found.n == 820
+    assert found.cores == pytest.approx(0.1 + 0.4)
+    assert ("too much" in line(found)) is not passed
+
+
+def test_what_nobody_answered_is_no_speed():
+    bench = Told("gateway", None, [], [0], [1], 1.0, 300.0)
+    bench.rows = [Row(0.1, 1.0, 503, GOOD)]
+    with pytest.raises(SystemExit, match="the gateway answered nobody"):
+        bench.saturate(6.0)
+
+
+def test_where_it_was_measured(tmp_path: Path):
+    tiny_bundle(tmp_path / "tiny")
+    found = calibrate.where(tmp_path / "tiny")
+    assert found["bundle"]["name"] == "tiny"
+    assert {"cpu", "cpus", "flags", "system", "python"} <= found["machine"].keys()
+    assert found["versions"]["onnxruntime"]
+    assert found["date"].endswith("+00:00")
