@@ -20,7 +20,7 @@ from capacity.measured import LEVELS, Latencies, Replica
 from capacity.simulation import Shared
 from local.processes import ROOT, environment
 
-RATES = (10.0, 25.0, 40.0, 55.0, 70.0)  # images/s, as many of them as the node bears
+RATES = (10.0, 30.0, 50.0, 70.0, 90.0, 110.0)  # images/s, as many of them as the node bears
 WARM_UP = ((0.0, 40.0), (30.0, 40.0))
 HOLD = 20.0  # seconds of each: the kubelet counts CPU every ten
 BUSIEST = 0.8  # of what the node can answer, at the ramp's height: beyond it, latency is whatever the moment brings
@@ -95,10 +95,10 @@ def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier]) -> Pods:
             if told["failed"] or told["refused"]:
                 break
             steps[rate] = rows
-            if len(steps) > 1 and 1.3 * rate > BUSIEST * node_able(cluster, points[""]):
-                break  # the next would be beyond what is to be known
+            if len(steps) > 1 and rate > BUSIEST * node_able(cluster, points[""]):
+                break  # the next is beyond what is to be known
     if len(steps) < 2:
-        raise SystemExit("check: the cluster does not bear 25 images/s without refusing any: too little to measure")
+        raise SystemExit("check: the cluster does not bear 30 images/s without refusing any: too little to measure")
     fitted = {name: line(found) for name, found in points.items()}
     rate = sorted(steps)[len(steps) // 2]
     print(f"one more replica of each, at {rate:g} images/s", flush=True)

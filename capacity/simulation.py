@@ -174,7 +174,8 @@ class Group:
         return self.taken[low] + (place - low) * (self.taken[min(low + 1, last)] - self.taken[low])
 
     def starting(self, now: float) -> int:
-        return sum(pod.started <= now < pod.ready for pod in self.pods) if now <= self._moving else 0
+        """Pods that work without answering: their sandbox and init container are work too."""
+        return sum(pod.created <= now < pod.ready for pod in self.pods) if now <= self._moving else 0
 
 
 @dataclass(frozen=True)
