@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench import figures
 from bench.load import Row
@@ -96,6 +97,14 @@ def compare(real: Mapping[str, float], results: Sequence[Result]) -> list[tuple[
     return [(what, real[what], mean, mean / real[what] if real[what] else math.nan) for what, mean in means.items()]
 
 
+def smoothed(counts: NDArray[np.int64], seconds: int = 10) -> Floats:
+    """Calls of each second -> images a second about that time: what is random in a second is in the latencies that
+    were measured, and would count twice."""
+    weights = np.ones(seconds)
+    found: Floats = np.convolve(counts, weights, "same") / np.convolve(np.ones(len(counts)), weights, "same")
+    return found
+
+
 def observed(watch: Watch, rows: Sequence[Row], began: float, seconds: float) -> dict[str, float]:
     """What the cluster did from `began` on."""
     found: dict[str, float] = {}
@@ -139,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with cluster.watch() as watch, load.running(knots, seed=92) as rows:
             began = load.began
     real = observed(watch, rows, began, knots[-1][0])
-    offered = np.bincount([int(row.due) for row in rows], minlength=int(knots[-1][0])).astype(float)
+    offered = smoothed(np.bincount([int(row.due) for row in rows], minlength=int(knots[-1][0])))
     results = [simulated(pods, tiers, offered, flags, moments) for moments in MOMENTS]
     compared = compare(real, results)
     for what, a, b, ratio in compared:

@@ -255,13 +255,13 @@ def simulate(
         for group in groups:
             group.turn(now)
         flow, wait, lost, loads = rate, 0.0, 0.0, []
-        node = _node(shared, groups, rate, now) if shared else math.inf
+        node = _node(shared, groups, now) if shared else math.inf
         for number, group in enumerate(groups):
             able = max(1e-9, min(group.weight * group.replica.saturated, node))
             loads.append(flow / able)
             given = min(able, flow + group.waiting / tick)
             group.waiting += (flow - given) * tick
-            room = _room(limits, groups, rate) if number == 0 else limits.queue * group.weight
+            room = _room(limits, groups) if number == 0 else limits.queue * group.weight
             if group.waiting > room:
                 lost += (group.waiting - room) / tick
                 group.waiting = room
@@ -298,7 +298,7 @@ def _hundredths(load: float) -> int:
     return min(200, round(100 * load))
 
 
-def _room(limits: Limits, groups: Sequence[Group], rate: float) -> float:
+def _room(limits: Limits, groups: Sequence[Group]) -> float:
     """Pictures that the gateways let wait. Each lets in as many as are answered in time, between two bounds
     (gateway/admission.py), and those of the model servers' queues are among them."""
     if math.isinf(limits.most):
@@ -309,7 +309,7 @@ def _room(limits: Limits, groups: Sequence[Group], rate: float) -> float:
     return max(0.0, each * first.weight - sum(group.waiting for group in groups[1:]))
 
 
-def _node(shared: Shared, groups: Sequence[Group], rate: float, now: float) -> float:
+def _node(shared: Shared, groups: Sequence[Group], now: float) -> float:
     """Images a second that one node's CPUs are enough for. What starts takes its share by the requests, at most."""
     starting = sum(group.starting(now) * group.replica.start_cores for group in groups)
     if starting:

@@ -232,3 +232,12 @@ def test_a_cluster_that_does_something_else_is_not():
     assert ratios["gateway: replica seconds"] == pytest.approx(2 / 3)
     assert ratios["model-server: replica seconds"] == pytest.approx(1)
     assert ratios[check.P99] == pytest.approx(0.3, rel=0.1)
+
+
+def test_what_is_random_in_a_second_is_smoothed_and_nothing_lost():
+    counts = np.random.default_rng(0).poisson(50, 340)
+    found = check.smoothed(counts)
+    assert len(found) == 340
+    assert found.std() < 0.5 * counts.std()
+    assert found.sum() == pytest.approx(counts.sum(), rel=0.01)
+    assert check.smoothed(np.full(50, 7)) == pytest.approx(np.full(50, 7))
