@@ -108,7 +108,9 @@ def running(process: subprocess.Popen[bytes], name: str, ready: Callable[[], boo
             if process.poll() is not None or time.monotonic() - began > local.START_SECONDS:
                 raise SystemExit(f"calibrate: the {name} did not become ready; see {LOG.relative_to(ROOT)}")
             time.sleep(0.02)
-        yield time.monotonic() - began
+        seconds = time.monotonic() - began
+        processes.prefer(processes.tree(process.pid))  # sessions that it began have shares of their own
+        yield seconds
     finally:
         local.end(process)
 
