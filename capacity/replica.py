@@ -95,8 +95,9 @@ class Bench:
         rate = 2 * answers / seconds
         return rate, self.idle_cores + rate * cost["cpu_ms"] / 1e3
 
-    def step(self, rate: float, seconds: float = STEP) -> Step:
-        """The rate held for `seconds`, after a lead that does not count."""
+    def step(self, rate: float, seconds: float = 0.0) -> Step:
+        """The rate held for `seconds`, STEP by default, after a lead that does not count."""
+        seconds = seconds or STEP
         words = ["--rate", f"0:{rate:g},{LEAD + seconds:g}:{rate:g}", "--seed", str(len(self.steps))]
         rows, cost = self.run(*words)
         counted = [row for row in rows if row.due >= LEAD]

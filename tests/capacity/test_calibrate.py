@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from replicas import step
 from tiny import picture, tiny_bundle
@@ -11,7 +12,7 @@ from tiny import picture, tiny_bundle
 from bench.load import GOOD, Row
 from bundle import picture as pictures
 from bundle import wire
-from capacity import calibrate, stand
+from capacity import calibrate, manifests, measured, replica, stand
 from capacity.measured import Step
 from capacity.replica import Bench, line
 
@@ -39,7 +40,7 @@ class Known:
     def saturate(self, seconds: float) -> tuple[float, float]:
         return self.saturated, 1.0
 
-    def step(self, rate: float, seconds: float = 8.0) -> Step:
+    def step(self, rate: float, seconds: float = 0.0) -> Step:
         real = self.saturated * (1 + self.luck if seconds < calibrate.CONFIRM else 1)
         load = min(rate / real, 0.999)
         found = step(load * real, real, 20.0)
@@ -159,3 +160,36 @@ def test_where_it_was_measured(tmp_path: Path):
     assert {"cpu", "cpus", "flags", "system", "python"} <= found["machine"].keys()
     assert found["versions"]["onnxruntime"]
     assert found["date"].endswith("+00:00")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(stand.os.sched_getaffinity(0)) < 2, reason="a tier and its load need a CPU each")
+def test_both_tiers_are_measured_and_written_down(tmp_path: Path, monkeypatch):
+    """The real processes, hurried, under an objective that even a busy machine keeps."""
+    for module, name, seconds in (
+        (calibrate, "WARM_UP", 1.0), (calibrate, "SATURATE", 1.0), (calibrate, "CONFIRM", 0.6),
+        (replica, "LEAD", 0.2), (replica, "STEP", 0.5), (replica, "IDLE", 0.3), (replica, "LOOK", 0.3),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, seconds)
+    monkeypatch.setattr(calibrate, "PRECISION", 0.3)
+    seen = {}
+
+    class Seen(Bench):
+        def idle(self) -> None:
+            family = psutil.Process(self.process.pid).children(recursive=True)
+            seen[self.name] = {tuple(one.cpu_affinity()) for one in family if one.is_running()}
+            super().idle()
+
+    monkeypatch.setattr(calibrate, "Bench", Seen)
+    tiny_bundle(tmp_path / "tiny", size=64)
+    calibrate.main(["--model", str(tmp_path / "tiny"), "--out", str(tmp_path / "out"), "--objective", "9000"])
+    found = measured.read(tmp_path / "out" / "measured.json")
+    for tier in found.replicas:
+        assert tier.capacity > 20, tier.name
+        assert all(step.passed and step.cpu_ms > 0 and step.n for step in tier.steps[-1:])
+        assert 0.1 < tier.start_seconds < 60
+        assert tier.memory_mb > 50
+        assert seen[tier.name] == {(min(stand.os.sched_getaffinity(0)),)}, "a CPU of its own"
+    gateway, server = manifests.read(manifests.render(manifests.BASE, [tmp_path / "out"]))
+    assert gateway.request == server.request == 1.0
+    assert 0 < server.scaling.utilization <= 100

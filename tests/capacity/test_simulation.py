@@ -1,6 +1,7 @@
 """Two autoscalers over time, by what can be said beforehand."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from replicas import GATEWAY, MEASURED, MODEL_SERVER, WHERE
 
-from capacity import headroom, measured, report, simulate, traffic
+from capacity import component, headroom, manifests, measured, report, simulate, traffic
 from capacity.hpa import Autoscaler, Flags, Policy, Rules, Scaling
 from capacity.manifests import Tier
 from capacity.measured import LEVELS, Latencies
@@ -244,3 +245,27 @@ def test_usage_and_latency_between_what_was_measured():
     assert (between < MODEL_SERVER.latencies.at(0.7)).all()
     assert np.array_equal(MODEL_SERVER.latencies.at(3), MODEL_SERVER.latencies.at(0.95))
     assert math.isfinite(between[-1])
+
+
+def test_the_program_writes_table_numbers_and_page(tmp_path: Path, capsys):
+    base = manifests.read(manifests.render(manifests.BASE))
+    component.write(tmp_path / "calibrated", MEASURED, base, {"gateway": 60, "model-server": 55})
+    words = ["--calibrated", str(tmp_path / "calibrated"), "--out", str(tmp_path / "out"), "--peak", "2000"]
+    simulate.main([*words, "--load", "ramp", "spike"])
+    said = capsys.readouterr().out
+    assert "The manifests allow 10 replicas; up to" in said
+    told = json.loads((tmp_path / "out" / "simulation.json").read_text())
+    assert [run["load"] for run in told["runs"]] == ["ramp", "spike"]
+    assert all(run["peak_replicas"]["model-server"] > 2000 / 140 for run in told["runs"])
+    assert told["runs"][1]["late"] > told["runs"][0]["late"], "a spike is worse than a ramp"
+    assert "target 55%" in (tmp_path / "out" / "simulation.html").read_text()
+    simulate.main([*words, "--load", "ramp", "--as-it-is"])
+    [run] = json.loads((tmp_path / "out" / "simulation.json").read_text())["runs"]
+    assert run["peak_replicas"] == {"gateway": 10, "model-server": 10}
+    assert run["refused"] > 0.1
+    assert "target 70%" in capsys.readouterr().out
+
+
+def test_without_a_measurement_it_says_how_to_make_one(tmp_path: Path):
+    with pytest.raises(SystemExit, match=r"measured.json is not there: `make calibrate` measures it"):
+        simulate.main(["--calibrated", str(tmp_path)])
