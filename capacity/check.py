@@ -32,7 +32,7 @@ from capacity import headroom, manifests
 from capacity.cluster import Cluster, Watch
 from capacity.hpa import Flags
 from capacity.manifests import TIERS, Tier
-from capacity.measured import LEVELS, Floats, Replica
+from capacity.measured import Floats, Replica
 from capacity.pods import BUSIEST, Load, Pods, measure
 from capacity.simulation import Result, Timing, simulate
 from local.processes import ROOT
@@ -190,7 +190,7 @@ def write(
             "create": dict(pods.create),
             "shared": {key: getattr(pods.shared, key) for key in ("cpus", "fixed", "per_image")},
             "loads": pods.shared.latencies.loads.tolist(),
-            "p99_ms": (1e3 * pods.shared.latencies.seconds[:, int(0.99 * len(LEVELS))]).tolist(),
+            "seconds_at_levels": np.round(pods.shared.latencies.seconds, 5).tolist(),
             "replicas": [dataclasses.asdict(replica) for replica in pods.replicas.values()],
         },
         "seen": [dataclasses.asdict(seen) | {"at": seen.at - began} for seen in watch.seen],
