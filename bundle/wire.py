@@ -1,21 +1,22 @@
 """What travels between gateway and model server, inside TorchServe's map<string, bytes>.
 
 A request holds `known`, the digests whose manifest the caller has, and for every input contract
-that the caller can serve an entry `pixels:<contract>` of raw uint8 [H, W, 3]. The server takes
-the entry of its own contract; it never guesses from a byte count. The answer is one frame:
+that the caller can serve an entry `pixels:<contract>` of raw uint8 [N, H, W, 3], with N in `count`
+where it is not one. The server takes the entry of its own contract; it never guesses from a byte
+count. The answer is one frame:
 
-    uint32 length | JSON header | float32 logits (little endian) | manifest.json, if not known
+    uint32 length | JSON header | float32 logits [N, C] (little endian) | manifest.json, if not known
 
-    ok        logits are there
+    ok        logits are there, and in `failed` why some pictures have none that mean anything
     manifest  no pixels were sent: the manifest alone
     mismatch  no entry was of this model's contract: ask again with one that is
-    error     this item failed; its neighbours in the batch did not
+    error     this request failed; its neighbours in the batch did not
 """
 
 import json
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
@@ -24,6 +25,8 @@ from numpy.typing import NDArray
 Status = Literal["ok", "manifest", "mismatch", "error"]
 PIXELS = "pixels:"
 KNOWN = "known"
+COUNT = "count"
+MOST = 64  # pictures in a request
 _LENGTH = struct.Struct("<I")
 
 
@@ -33,18 +36,26 @@ class FrameError(ValueError):
 
 @dataclass(frozen=True)
 class Answer:
-    """status, digest of the bundle that answered, logits float32 [C], manifest.json's bytes or b""."""
+    """status, digest of the bundle that answered, logits float32 [N, C], manifest.json's bytes or b"".
+
+    failed: {index of a picture: why it has no logits}; beside: requests that were taken up together with this one,
+    itself among them; 0 where the server does not say.
+    """
 
     status: Status
     digest: str
     logits: NDArray[np.float32] | None = None
     manifest: bytes = b""
     error: str = ""
+    failed: Mapping[int, str] = field(default_factory=dict)
+    beside: int = 0
 
 
-def request(pixels: Mapping[str, bytes], known: Iterable[str]) -> dict[str, bytes]:
-    """{contract: raw pixels} and known digests -> the map to send."""
+def request(pixels: Mapping[str, bytes], known: Iterable[str], count: int = 1) -> dict[str, bytes]:
+    """{contract: raw pixels of `count` pictures} and known digests -> the map to send."""
     entries = {PIXELS + contract: data for contract, data in pixels.items()}
+    if count != 1:
+        entries[COUNT] = str(count).encode()
     return {KNOWN: ",".join(sorted(known)).encode(), **entries}
 
 
@@ -53,17 +64,31 @@ def known(request: Mapping[str, bytes | bytearray]) -> frozenset[str]:
     return frozenset(bytes(request.get(KNOWN, b"")).decode("ascii", "replace").split(",")) - {""}
 
 
+def count(request: Mapping[str, bytes | bytearray]) -> int:
+    """Pictures in it; 0 for what is no number from 1 to MOST."""
+    text = bytes(request.get(COUNT, b"1"))
+    return int(text) if text.isdigit() and len(text) <= 2 and int(text) <= MOST else 0
+
+
 def has_pixels(request: Mapping[str, bytes | bytearray]) -> bool:
     return any(key.startswith(PIXELS) for key in request)
 
 
 def pack(answer: Answer) -> bytes:
-    logits = b"" if answer.logits is None else np.ascontiguousarray(answer.logits, "<f4").tobytes()
-    header = {"status": answer.status, "digest": answer.digest, "logits": len(logits), "manifest": len(answer.manifest)}
+    """logits of one picture may be [C]."""
+    logits = np.zeros((0, 0), "<f4") if answer.logits is None else np.ascontiguousarray(answer.logits, "<f4")
+    header: dict[str, object] = {"status": answer.status, "digest": answer.digest}
+    header |= {"logits": logits.nbytes, "manifest": len(answer.manifest)}
+    if logits.ndim == 2 and len(logits) != 1:
+        header["count"] = len(logits)
     if answer.error:
         header["error"] = answer.error
+    if answer.failed:
+        header["failed"] = answer.failed
+    if answer.beside:
+        header["beside"] = answer.beside
     head = json.dumps(header).encode()
-    return b"".join((_LENGTH.pack(len(head)), head, logits, answer.manifest))
+    return b"".join((_LENGTH.pack(len(head)), head, logits.tobytes(), answer.manifest))
 
 
 def unpack(frame: bytes) -> Answer:
@@ -74,11 +99,20 @@ def unpack(frame: bytes) -> Answer:
         header = json.loads(frame[_LENGTH.size : start])
         status, digest, error = header["status"], header["digest"], header.get("error", "")
         size, rest = header["logits"], header["manifest"]
+        rows, beside = header.get("count", 1), header.get("beside", 0)
+        failed = {int(i): str(why) for i, why in header.get("failed", {}).items()}
         if status not in get_args(Status) or not isinstance(digest, str) or not isinstance(error, str):
             raise ValueError(f"status {status!r}, digest {digest!r}, error {error!r}")
         if size < 0 or size % 4 or rest < 0 or start + size + rest != len(frame):
             raise ValueError(f"{start} + {size} bytes of logits + {rest} of manifest are not {len(frame)}")
-        logits = np.frombuffer(frame, "<f4", size // 4, start) if status == "ok" else None
-        return Answer(status, digest, logits, frame[start + size :], error)
-    except (struct.error, ValueError, KeyError, TypeError, RecursionError) as exc:
+        if (
+            not isinstance(rows, int)
+            or not isinstance(beside, int)
+            or beside < 0
+            or not set(failed) <= set(range(rows))
+        ):
+            raise ValueError(f"count {rows!r}, failed {sorted(failed)}, beside {beside!r}")
+        logits = np.frombuffer(frame, "<f4", size // 4, start).reshape(rows, -1) if status == "ok" else None
+        return Answer(status, digest, logits, frame[start + size :], error, failed, beside)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise FrameError(f"the model server's answer of {len(frame)} bytes is not a frame: {exc}") from exc

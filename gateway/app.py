@@ -61,7 +61,7 @@ class Gateway:
             canary = self._client(settings.canary)
             client = Split(main, canary, settings.canary_share, telemetry.CANARY_FAILURES.inc)
         self.admission = Admission(settings.in_flight, settings.late_seconds)
-        decoding = threading.Semaphore(whole_cpus())
+        decoding = threading.Semaphore(max(1, whole_cpus() // settings.worker_processes))
         self.models = {name: Model(name, client, decoding, settings.max_pixels) for name in settings.models}
         self.several = ThreadPoolExecutor(min(8, settings.in_flight), "instances")
         self._ready_file, self._ready = ready_file, False

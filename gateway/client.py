@@ -20,6 +20,7 @@ from gateway.errors import BadAnswer, ConnectionLost, Overloaded, Problem, Timed
 
 METHOD = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions"
 MAX_MESSAGE = 64 << 20  # as the model server's max_request_size
+SLOW = "the model did not answer in time: try again soon"
 RECONNECT_SECONDS = 0.7  # before a retry: names are resolved and a connection made in a tenth of it
 
 CHANNEL_OPTIONS = [
@@ -141,7 +142,7 @@ class Client:
     def _once(self, request: Any, deadline: float, request_id: str) -> bytes:
         remaining = deadline - time.monotonic()
         if remaining <= 0:
-            raise TimedOut(_SLOW)
+            raise TimedOut(SLOW)
         try:
             response = self._connected()(request, timeout=remaining, metadata=(("x-request-id", request_id),))
         except grpc.RpcError as exc:
@@ -186,12 +187,11 @@ _MESSAGES: list[tuple[str, Callable[[str], Problem]]] = [
     ("InternalServerException", lambda text: BadAnswer(f"the model server failed: {text}")),
 ]
 
-_SLOW = "the model did not answer in time: try again soon"
 _LOST = "the model server cannot be reached: try again soon"
 _CODES: dict[grpc.StatusCode, Callable[[str], Problem]] = {
     grpc.StatusCode.UNAVAILABLE: lambda _: ConnectionLost(_LOST),
     grpc.StatusCode.CANCELLED: lambda _: Unavailable(_LOST),  # by a server that ends
-    grpc.StatusCode.DEADLINE_EXCEEDED: lambda _: TimedOut(_SLOW),
+    grpc.StatusCode.DEADLINE_EXCEEDED: lambda _: TimedOut(SLOW),
     grpc.StatusCode.RESOURCE_EXHAUSTED: lambda text: (
         BadAnswer(f"the model server refuses the size of a message: {text}")
         if "larger than max" in text or "exceeds maximum" in text

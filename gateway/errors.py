@@ -47,6 +47,15 @@ class DamagedPicture(Problem):
     status, title = 422, "Damaged picture"
 
 
+class Abandoned(Problem):
+    """For the log alone: nobody is there to read it. The status is nginx's own for this."""
+
+    status, title = 499, "Client closed request"
+
+    def __init__(self, detail: str = "the client hung up before its answer was made") -> None:
+        super().__init__(detail)
+
+
 class TooManyRequests(Problem):
     """One client's share, not the gateway's capacity: that is Overloaded."""
 

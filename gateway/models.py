@@ -7,8 +7,9 @@ carries its bundle's digest, and is read with that bundle's manifest and no othe
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,11 @@ from bundle import picture, wire
 from bundle.manifest import BundleError, Manifest, parse
 from gateway import errors
 from gateway.client import Client, Split
+from gateway.errors import Problem
+from gateway.join import Asked, Join
 
 KEPT = 8  # manifests a model: more versions than a rollout ever has side by side
+CALLS = 64  # of a model under way at once, at most
 Stage = Callable[[str], AbstractContextManager[None]]  # times what runs inside it, under a name
 
 
@@ -30,6 +34,7 @@ class Model:
         self._client, self._decoding, self._max_pixels = client, decoding, max_pixels
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()  # by digest, the oldest learned first
         self._latest: Manifest | None = None  # of the last answer: the next picture is decoded for it
+        self._join = Join(self._together, CALLS)
         self._lock = threading.Lock()
 
     def manifest(self, deadline: float) -> Manifest:
@@ -38,65 +43,99 @@ class Model:
 
     def current(self, deadline: float) -> Manifest:
         """The manifest of whoever serves now. Raises what Client.predictions raises."""
-        return self._ask({}, deadline, "")[0]
+        return self._ask({}, 1, deadline, "")[0]
 
     def check(self, deadline: float) -> None:
         """One full round trip with the manifest's own drawing. Raises a Problem where it fails."""
         manifest = self.manifest(deadline)
         pixels = manifest.input.check_pixels().tobytes()
-        _, answer = self._ask({manifest.input.contract: pixels}, deadline, "")
+        _, answer = self._ask({manifest.input.contract: pixels}, 1, deadline, "")
+        self._logits(manifest, answer, 0)
         if answer.status == "mismatch":  # another version answered: the next check asks in its terms
             raise errors.Unavailable(f"{self.name} is being replaced: try again soon")
 
     def predict(
-        self, data: bytes, deadline: float, stage: Stage, request_id: str = ""
+        self,
+        data: bytes,
+        deadline: float,
+        stage: Stage,
+        request_id: str = "",
+        wanted: Callable[[], bool] = lambda: True,
     ) -> tuple[Manifest, NDArray[np.float32]]:
         """Picture bytes -> the manifest of the bundle that answered and its logits, float32 [C].
 
-        Raises a Problem; one for a picture that cannot be read comes before any call.
+        wanted: whether the caller is still there. Raises a Problem; one for a picture that cannot be read comes
+        before any call.
         """
         manifest = self.manifest(deadline)
+        contract = manifest.input.contract
         with stage("decode"):
-            pixels = {manifest.input.contract: self._pixels(data, manifest, deadline)}
+            pixels = {contract: self._pixels(data, manifest, deadline, wanted)}
         with stage("model"):
-            manifest, answer = self._ask(pixels, deadline, request_id)
-        if answer.status == "mismatch":
+            manifest, logits = self._join.ask(Asked(contract, pixels[contract], deadline, request_id, wanted))
+        if logits is None:
             # Another version answered. With an entry for every contract known, whoever takes the
             # second call can answer it.
             with stage("decode"):
                 for other in self._known().values():
                     if other.input.contract not in pixels:
-                        pixels[other.input.contract] = self._pixels(data, other, deadline)
+                        pixels[other.input.contract] = self._pixels(data, other, deadline, wanted)
             with stage("model"):
-                manifest, answer = self._ask(pixels, deadline, request_id)
-        if answer.logits is None:
+                manifest, answer = self._ask(pixels, 1, deadline, request_id)
+                logits = self._logits(manifest, answer, 0)
+        if logits is None:
             raise errors.Unavailable(f"{self.name} is being replaced by yet another version: try again soon")
-        return manifest, answer.logits
+        return manifest, logits
 
-    def _pixels(self, data: bytes, manifest: Manifest, deadline: float) -> bytes:
+    def _pixels(self, data: bytes, manifest: Manifest, deadline: float, wanted: Callable[[], bool]) -> bytes:
         # More decoders than CPUs would only hold more memory.
         if not self._decoding.acquire(timeout=max(0, deadline - time.monotonic())):
             raise errors.Overloaded("more pictures are waiting to be decoded than may wait: try again soon")
         try:
+            if not wanted():
+                raise errors.Abandoned
             return picture.load(data, manifest.input.resize, self._max_pixels).tobytes()
         except picture.PictureError as exc:
             raise errors.of_picture(exc) from exc
         finally:
             self._decoding.release()
 
-    def _ask(self, pixels: dict[str, bytes], deadline: float, request_id: str) -> tuple[Manifest, wire.Answer]:
+    def _together(self, asked: Sequence[Asked]) -> tuple[list[Any], int]:
+        """One call for pictures of one contract -> manifest and logits of each; none where another version answered."""
+        pixels = {asked[0].contract: b"".join(one.pixels for one in asked)}
+        deadline = max(one.deadline for one in asked)
+        manifest, answer = self._ask(pixels, len(asked), deadline, ",".join(one.request_id for one in asked))
+        if answer.status == "error" and len(asked) > 1:
+            return [(manifest, None)] * len(asked), 0  # a server that does not know of `count`: each by itself
+        outcomes: list[Any] = []
+        for i in range(len(asked)):
+            try:
+                outcomes.append((manifest, self._logits(manifest, answer, i)))
+            except Problem as exc:
+                outcomes.append(exc)
+        return outcomes, answer.beside
+
+    def _logits(self, manifest: Manifest, answer: wire.Answer, i: int) -> NDArray[np.float32] | None:
+        if answer.status == "error" or i in answer.failed:
+            raise errors.BadAnswer(f"{self.name} failed on this picture: {answer.failed.get(i, answer.error)}")
+        return None if answer.logits is None else answer.logits[i]
+
+    def _ask(
+        self, pixels: dict[str, bytes], count: int, deadline: float, request_id: str
+    ) -> tuple[Manifest, wire.Answer]:
         """One call -> the manifest of who answered, learned now if need be, and the answer."""
         known = self._known()
-        entries = wire.request(pixels, known)
+        entries = wire.request(pixels, known, count)
         try:
             answer = wire.unpack(self._client.predictions(self.name, entries, deadline, request_id))
             self._latest = manifest = known.get(answer.digest) or self._learn(answer)
         except (wire.FrameError, BundleError) as exc:
             raise errors.BadAnswer(f"{self.name}: {exc}") from exc
-        if answer.status == "error":
-            raise errors.BadAnswer(f"{self.name} failed on this picture: {answer.error}")
-        if answer.logits is not None and len(answer.logits) != len(manifest.classes):
-            raise errors.BadAnswer(f"{self.name}: {len(answer.logits)} logits came for {len(manifest.classes)} classes")
+        if answer.logits is not None and answer.logits.shape != (expected := (count, len(manifest.classes))):
+            found = answer.logits.shape
+            raise errors.BadAnswer(
+                f"{self.name}: {found[1]} logits came for {expected[1]} classes, {found[0]} times for {count}"
+            )
         return manifest, answer
 
     def _learn(self, answer: wire.Answer) -> Manifest:

@@ -22,7 +22,9 @@ class Settings:
     model_server: str = "dns:///127.0.0.1:7070"  # a gRPC target; every address behind it gets its share
     host: str = "0.0.0.0"
     port: int = 8080
-    processes: int = 0  # 0: one a CPU
+    # 0: one for every two CPUs. Decoding, most of the work, needs no interpreter lock; and what one process has under
+    # way shares calls to the model server, which two processes would not.
+    processes: int = 0
     threads: int = 64  # a process: calls wait for the model server, not for the CPU
     in_flight: int = 48  # pictures a process takes at a time, at most; more are refused at once
     late_seconds: float = 0.6  # answers later than that: fewer pictures at a time are taken, see gateway/admission.py
@@ -67,4 +69,4 @@ class Settings:
 
     @property
     def worker_processes(self) -> int:
-        return self.processes or whole_cpus()
+        return self.processes or (whole_cpus() + 1) // 2

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bundle.wire import Answer, FrameError, has_pixels, known, pack, request, unpack
+from bundle.wire import Answer, FrameError, count, has_pixels, known, pack, request, unpack
 
 LOGITS = np.array([1.5, -2.25, 0, 3e38], np.float32)
 MANIFEST = '{"name": "rüdiger"}'.encode()  # 20 bytes: as many as five logits
@@ -21,6 +21,7 @@ FRAME = pack(Answer("ok", "d1", LOGITS, MANIFEST))
     [
         Answer("ok", "d1", LOGITS),
         Answer("ok", "d1", LOGITS, MANIFEST),
+        Answer("ok", "d1", np.stack([LOGITS, -LOGITS, LOGITS]), MANIFEST, failed={1: "zu groß"}, beside=3),
         Answer("manifest", "d1", manifest=MANIFEST),
         Answer("mismatch", "d1", manifest=MANIFEST),
         Answer("mismatch", "d1"),
@@ -29,24 +30,20 @@ FRAME = pack(Answer("ok", "d1", LOGITS, MANIFEST))
 )
 def test_an_answer_comes_out_as_it_went_in(answer: Answer) -> None:
     found = unpack(pack(answer))
-    assert (found.status, found.digest, found.manifest, found.error) == (
-        answer.status,
-        answer.digest,
-        answer.manifest,
-        answer.error,
-    )
+    for name in ("status", "digest", "manifest", "error", "failed", "beside"):
+        assert getattr(found, name) == getattr(answer, name)
     if answer.logits is None:
         assert found.logits is None
     else:
         assert found.logits is not None
-        assert (str(found.logits.dtype), found.logits.tolist()) == ("float32", answer.logits.tolist())
+        assert (str(found.logits.dtype), found.logits.tolist()) == ("float32", np.atleast_2d(answer.logits).tolist())
 
 
 def test_logits_of_any_layout_travel_as_float32() -> None:
     strided = np.arange(8, dtype=np.float64)[::2]
     found = unpack(pack(Answer("ok", "d1", strided))).logits  # type: ignore[arg-type]
     assert found is not None
-    assert found.tolist() == [0, 2, 4, 6]
+    assert found.tolist() == [[0, 2, 4, 6]]
 
 
 def test_a_frame_cut_anywhere_is_refused() -> None:
@@ -71,6 +68,14 @@ def test_a_frame_cut_anywhere_is_refused() -> None:
         {"logits": "16"},
         {"logits": 10**400},
         {"manifest": -1},
+        {"count": 3},
+        {"count": 0},
+        {"count": "1"},
+        {"failed": {"1": "why"}},
+        {"failed": {"-1": "why"}},
+        {"failed": {"x": "why"}},
+        {"failed": [0]},
+        {"beside": "1"},
         {"manifest": 0},
         {"manifest": None},
         {"status": None, "digest": None},
@@ -106,6 +111,17 @@ def test_a_request_holds_an_entry_for_every_contract_and_what_is_known() -> None
     assert sent == {"pixels:c1": b"abc", "pixels:c2": b"d", "known": b"d1,d2"}
     assert known(sent) == {"d1", "d2"}
     assert has_pixels(sent)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [(b"3", 3), (b"64", 64), (b"65", 0), (b"0", 0), (b"-1", 0), (b"x", 0), (b"", 0)]
+)
+def test_how_many_pictures_a_request_has_is_said(text: bytes, expected: int) -> None:
+    assert count({"count": bytearray(text)}) == expected
+
+
+def test_several_pictures_share_a_request() -> None:
+    assert (count(request({"c1": b"abc"}, ())), count(request({"c1": b"abcabc"}, (), 2))) == (1, 2)
 
 
 def test_a_request_may_be_without_pixels_and_know_nothing() -> None:

@@ -2,11 +2,15 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from tiny import picture
 
+from bundle import wire
 from gateway import errors
 from gateway.client import Client
 from gateway.models import Model
@@ -64,8 +68,8 @@ def test_an_answer_with_another_number_of_logits_than_classes_is_refused(torchse
     torchserve.models["tiny"] = tiny["1"]
     model = gateway_model(torchserve)
     ask(model, "red")
-    run = tiny["1"].run
-    monkeypatch.setattr(tiny["1"], "run", lambda pixels: run(pixels)[:, :2])
+    frame = wire.pack(wire.Answer("ok", tiny["1"].manifest.digest, np.zeros((1, 2), np.float32)))
+    monkeypatch.setattr(tiny["1"], "answer", lambda requests: [frame])
     with pytest.raises(errors.BadAnswer, match="2 logits came for 3 classes"):
         ask(model, "red")
 
@@ -97,3 +101,73 @@ def test_manifests_do_not_pile_up(torchserve, tmp_path):
         torchserve.models["tiny"] = handler.Model(tmp_path / str(version))
         assert ask(model, "red") == (str(version), "red")
     assert len(torchserve.calls[-1]["known"].split(b",")) == 8
+
+
+def at_once(torchserve, model, colours):
+    """What each of several callers gets while the model server is busy with a first one."""
+    torchserve.hold.clear()
+    model._join.limit = 1.0
+    torchserve.calls.clear()
+    with ThreadPoolExecutor(len(colours) + 1) as callers:
+        first = callers.submit(ask, model, "red")
+        deadline = time.monotonic() + 5
+        while not torchserve.calls and time.monotonic() < deadline:
+            time.sleep(0.01)
+        rest = [callers.submit(ask, model, colour) for colour in colours]
+        while len(model._join._waiting) < len(colours) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        torchserve.hold.set()
+        return [first.result(), *(future.result() for future in rest)]
+
+
+COLOURS = ["green", "blue", "red", "blue", "green"]
+
+
+def test_callers_share_a_call_and_each_gets_its_own_answer(torchserve, tiny):
+    torchserve.models["tiny"] = tiny["1"]
+    model = gateway_model(torchserve)
+    ask(model, "red")
+    assert at_once(torchserve, model, COLOURS) == [("1", colour) for colour in ["red", *COLOURS]]
+    assert [call.get("count") for call in torchserve.calls] == [None, b"5"]
+
+
+def test_where_one_of_them_fails_the_others_do_not(torchserve, tiny, monkeypatch):
+    torchserve.models["tiny"] = tiny["1"]
+    model = gateway_model(torchserve)
+    ask(model, "red")
+    run = tiny["1"].run
+
+    def choke(pixels):
+        if (pixels.mean(axis=(1, 2))[:, 2] > 200).any():
+            raise RuntimeError("no blue")
+        return run(pixels)
+
+    monkeypatch.setattr(tiny["1"], "run", choke)
+    with pytest.raises(errors.BadAnswer, match="no blue"):
+        at_once(torchserve, model, COLOURS)
+    assert at_once(torchserve, model, ["green", "red"]) == [("1", "red"), ("1", "green"), ("1", "red")]
+
+
+def test_another_version_that_takes_a_shared_call_answers_each(torchserve, tiny):
+    model = gateway_model(torchserve)
+    for version in "21":
+        torchserve.models["tiny"] = tiny[version]
+        ask(model, "red")
+    torchserve.models["tiny"] = tiny["2"]
+    names = {"red": "rouge", "green": "vert", "blue": "bleu"}
+    assert at_once(torchserve, model, COLOURS) == [("2", names[colour]) for colour in ["red", *COLOURS]]
+
+
+def test_a_server_that_knows_one_picture_a_call_is_asked_for_each(torchserve, tiny, monkeypatch):
+    """The one before calls were shared, which a rollout has beside gateways that share them."""
+    torchserve.models["tiny"] = tiny["1"]
+    model = gateway_model(torchserve)
+    ask(model, "red")
+    answer = tiny["1"].answer
+
+    def one_each(requests):
+        frames = answer([{key: value for key, value in request.items() if key != "count"} for request in requests])
+        return [wire.pack(replace(wire.unpack(frame), beside=0)) for frame in frames]
+
+    monkeypatch.setattr(tiny["1"], "answer", one_each)
+    assert at_once(torchserve, model, COLOURS) == [("1", colour) for colour in ["red", *COLOURS]]

@@ -28,15 +28,57 @@ def pixels(loaded, seed=0):
     return golden.draw(1, *loaded.shape[:2], seed=seed)[0].tobytes()
 
 
-def request(loaded, data, known=()):
-    return {key: bytearray(value) for key, value in wire.request({loaded.manifest.input.contract: data}, known).items()}
+def request(loaded, data, known=(), count=1):
+    entries = wire.request({loaded.manifest.input.contract: data}, known, count)
+    return {key: bytearray(value) for key, value in entries.items()}
 
 
 def test_a_batch_is_answered_in_order_with_the_logits_of_each_picture(loaded):
     pictures = golden.draw(5, *loaded.shape[:2])
     answers = [wire.unpack(frame) for frame in loaded.answer([request(loaded, p.tobytes()) for p in pictures])]
     assert [answer.status for answer in answers] == ["ok"] * 5
-    np.testing.assert_array_equal([answer.logits for answer in answers], loaded.run(pictures))
+    np.testing.assert_array_equal(np.concatenate([answer.logits for answer in answers]), loaded.run(pictures))
+
+
+@pytest.mark.parametrize("shares", [(5,), (1, 3, 1), (2, 3), (1, 1, 1, 1, 1)])
+def test_pictures_that_share_a_request_are_answered_in_order(loaded, shares):
+    pictures, start, requests = golden.draw(5, *loaded.shape[:2]), 0, []
+    for share in shares:
+        requests.append(request(loaded, pictures[start : start + share].tobytes(), count=share))
+        start += share
+    answers = [wire.unpack(frame) for frame in loaded.answer(requests)]
+    assert [len(answer.logits) for answer in answers] == list(shares)
+    assert {answer.beside for answer in answers} == {len(shares)}
+    np.testing.assert_array_equal(np.concatenate([answer.logits for answer in answers]), loaded.run(pictures))
+
+
+def test_the_model_never_gets_more_pictures_than_its_caches_hold(loaded, monkeypatch):
+    run, sizes = loaded.run, []
+    monkeypatch.setattr(loaded, "run", lambda batch: sizes.append(len(batch)) or run(batch))
+    loaded.answer([request(loaded, golden.draw(5, *loaded.shape[:2]).tobytes(), count=5)])
+    assert sizes == [2, 2, 1]
+
+
+def test_a_picture_that_fails_is_named_and_those_that_share_its_request_are_answered(loaded, monkeypatch):
+    run, pictures = loaded.run, golden.draw(3, *loaded.shape[:2])
+
+    def choke(batch):
+        if (batch == pictures[1]).all(axis=(1, 2, 3)).any():
+            raise RuntimeError("boom")
+        return run(batch)
+
+    monkeypatch.setattr(loaded, "run", choke)
+    (frame,) = loaded.answer([request(loaded, pictures.tobytes(), count=3)])
+    answer = wire.unpack(frame)
+    assert (answer.status, answer.failed) == ("ok", {1: "RuntimeError: boom"})
+    np.testing.assert_array_equal(answer.logits[[0, 2]], run(pictures[[0, 2]]))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 65])
+def test_a_count_that_does_not_fit_its_pixels_is_refused(loaded, count):
+    entries = request(loaded, pixels(loaded) * 2) | {"count": str(count).encode()}
+    (frame,) = loaded.answer([entries])
+    assert (wire.unpack(frame).status, "6144 bytes" in wire.unpack(frame).error) == ("error", True)
 
 
 def test_the_manifest_comes_only_where_it_is_not_known(loaded):
@@ -76,7 +118,7 @@ def test_a_poisoned_item_fails_alone(loaded):
     good = request(loaded, pixels(loaded))
     frames = loaded.answer([good, request(loaded, b"short"), {}, good])
     assert [wire.unpack(frame).status for frame in frames] == ["ok", "error", "manifest", "ok"]
-    assert "5 bytes of pixels, not 3072" in wire.unpack(frames[1]).error
+    assert "5 bytes of pixels for 1, not 3072" in wire.unpack(frames[1]).error
 
 
 def test_where_the_batch_fails_its_items_run_one_by_one(loaded, monkeypatch):

@@ -1,0 +1,105 @@
+"""Pictures of concurrent requests share calls to the model server, as soon as more calls would only wait there.
+
+A call costs gateway, JVM and worker 2 ms of CPU whatever it holds, a third of what a picture costs in all. So a
+process has only so many calls of a model under way as the model server takes up at once, and the pictures that come
+meanwhile go together in the next one. How many that is, the model server says: every answer tells how many calls
+were taken up together with it. More than one means that calls were waiting, and the limit is halved; one
+means that they were not, and it grows by one in a full round (a congestion bit, set by who has the queue: K.
+Ramakrishnan and R. Jain, A binary feedback scheme for congestion avoidance, 1990). With nothing else under way a
+picture is sent at once.
+"""
+
+import copy
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gateway.client import SLOW
+from gateway.errors import Abandoned, TimedOut
+
+PICTURES = 8  # a call: beyond it nothing is won, and all wait for the last one
+BYTES = 4 << 20  # a call, likewise: for large inputs
+SHRINK = 0.5
+
+
+@dataclass(eq=False)
+class Asked:
+    """One picture on its way. `contract` and `pixels` as on the wire; `deadline` in time.monotonic()."""
+
+    contract: str
+    pixels: bytes
+    deadline: float
+    request_id: str
+    wanted: Callable[[], bool]  # False once its caller is gone
+    outcome: Any = None
+    together: "list[Asked] | None" = None  # whom it calls for, itself first
+    turn: threading.Event = field(default_factory=threading.Event)  # there is an outcome, or a call to make
+
+
+# Makes one call for pictures of one contract -> the outcome of each, an exception where it failed; and how many calls
+# the model server took up together with it, 0 where nobody knows.
+Call = Callable[[Sequence[Asked]], tuple[Sequence[Any], int]]
+
+
+class Join:
+    """One model's calls. A picture's own thread makes the call for those that waited with it: there are no others."""
+
+    def __init__(self, call: Call, most: int) -> None:
+        """most: calls at a time, whatever the model server says."""
+        self._call, self._most = call, most
+        self.limit = float(most)
+        self._calls = 0
+        self._waiting: deque[Asked] = deque()
+        self._lock = threading.Lock()
+
+    def ask(self, asked: Asked) -> Any:
+        """The outcome of `call` for this picture. Raises it where it is an exception, and TimedOut."""
+        with self._lock:
+            self._waiting.append(asked)
+            self._start()
+        if not asked.turn.wait(asked.deadline - time.monotonic()):
+            with self._lock:
+                if asked in self._waiting:
+                    self._waiting.remove(asked)
+            if not asked.together:
+                raise TimedOut(SLOW)
+        if asked.together:
+            self._lead(asked.together)
+        if isinstance(asked.outcome, BaseException):
+            raise copy.copy(asked.outcome) from asked.outcome  # several threads raise it
+        return asked.outcome
+
+    def _start(self) -> None:
+        """As many calls as may be under way, each made by the thread of its first picture."""
+        while self._waiting and self._calls < self.limit:
+            together = [first := self._waiting.popleft()]
+            most = min(PICTURES, max(1, BYTES // max(1, len(first.pixels))))
+            while self._waiting and len(together) < most and self._waiting[0].contract == first.contract:
+                together.append(self._waiting.popleft())
+            self._calls += 1
+            first.together = together
+            first.turn.set()
+
+    def _lead(self, together: list[Asked]) -> None:
+        gone = [asked for asked in together if not asked.wanted()]
+        wanted = [asked for asked in together if asked not in gone]
+        outcomes: Sequence[Any] = []
+        beside = 0
+        try:
+            if wanted:
+                outcomes, beside = self._call(wanted)
+        except BaseException as exc:
+            outcomes = [exc] * len(wanted)
+        with self._lock:
+            if beside > 1:
+                self.limit = max(1.0, self.limit * SHRINK)
+            elif beside and self._calls >= int(self.limit):  # else nobody knows whether more would wait
+                self.limit = min(self._most, self.limit + 1 / self.limit)
+            self._calls -= 1
+            self._start()
+        for asked, outcome in [*zip(wanted, outcomes, strict=True), *((asked, Abandoned()) for asked in gone)]:
+            asked.outcome = outcome
+            asked.turn.set()

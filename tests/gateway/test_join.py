@@ -1,0 +1,169 @@
+"""Who shares a call with whom, and how many calls are under way."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from gateway import join
+from gateway.errors import Abandoned, TimedOut, Unavailable
+from gateway.join import Asked, Join
+
+
+class Server:
+    """Answers a picture with its bytes doubled; holds calls back while `open` is not set."""
+
+    def __init__(self, beside=1):
+        self.calls, self.beside, self.open = [], beside, threading.Event()
+        self.open.set()
+
+    def __call__(self, together):
+        self.calls.append([asked.pixels for asked in together])
+        assert self.open.wait(10)
+        return [asked.pixels * 2 for asked in together], self.beside
+
+
+def asked(pixels, contract="c", seconds=5.0, wanted=lambda: True):
+    return Asked(contract, pixels, time.monotonic() + seconds, "id", wanted)
+
+
+def until(true):
+    deadline = time.monotonic() + 5
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def threads():
+    with ThreadPoolExecutor(64) as pool:
+        yield pool
+
+
+def held(server, joined, threads, count=20, **how):
+    """One call under way that does not end, and so many pictures waiting for it."""
+    server.open.clear()
+    joined.limit = 1.0
+    first = threads.submit(joined.ask, asked(b"first"))
+    until(lambda: server.calls)
+    waiting = []
+    for i in range(count):
+        waiting.append(threads.submit(joined.ask, asked(str(i).encode(), **how)))
+        until(lambda i=i: len(joined._waiting) == i + 1)
+    return first, waiting
+
+
+def test_a_picture_that_comes_alone_goes_at_once():
+    server = Server()
+    joined = Join(server, 8)
+    assert [joined.ask(asked(pixels)) for pixels in (b"a", b"b")] == [b"aa", b"bb"]
+    assert server.calls == [[b"a"], [b"b"]]
+
+
+def test_those_that_come_meanwhile_share_the_next_calls_in_their_order(threads):
+    server = Server()
+    joined = Join(server, 1)
+    first, waiting = held(server, joined, threads)
+    assert server.calls == [[b"first"]]
+    server.open.set()
+    assert first.result() == b"firstfirst"
+    assert [future.result() for future in waiting] == [str(i).encode() * 2 for i in range(20)]
+    assert [len(call) for call in server.calls] == [1, 8, 8, 4]
+    assert [pixels for call in server.calls[1:] for pixels in call] == [str(i).encode() for i in range(20)]
+
+
+def test_pictures_of_another_contract_do_not_share(threads):
+    server = Server()
+    joined = Join(server, 1)
+    _, waiting = held(server, joined, threads, 3)
+    waiting.append(threads.submit(joined.ask, asked(b"other", contract="d")))
+    until(lambda: len(joined._waiting) == 4)
+    server.open.set()
+    assert [future.result() for future in waiting] == [b"00", b"11", b"22", b"otherother"]
+    assert server.calls[1:] == [[b"0", b"1", b"2"], [b"other"]]
+
+
+def test_large_pictures_share_less(threads, monkeypatch):
+    monkeypatch.setattr(join, "BYTES", 3)
+    server = Server()
+    joined = Join(server, 1)
+    _, waiting = held(server, joined, threads, 7)
+    server.open.set()
+    for future in waiting:
+        future.result()
+    assert [len(call) for call in server.calls] == [1, 3, 3, 1]
+
+
+def test_calls_that_were_taken_up_together_halve_how_many_are_under_way():
+    joined = Join(Server(beside=2), 8)
+    limits = []
+    for _ in range(5):
+        joined.ask(asked(b"a"))
+        limits.append(joined.limit)
+    assert limits == [4, 2, 1, 1, 1]
+
+
+def test_it_grows_where_more_would_be_taken_up_at_once_and_only_where_more_are_there(threads):
+    def busy(together):
+        time.sleep(0.005)
+        return [asked.pixels for asked in together], 1
+
+    joined = Join(busy, 3)
+    joined.limit = 1.0
+    list(threads.map(lambda _: joined.ask(asked(b"a")), range(100)))
+    assert joined.limit == 3
+    joined = Join(busy, 64)
+    joined.limit = 2.0
+    for _ in range(100):
+        joined.ask(asked(b"a"))
+    assert joined.limit == 2  # one at a time tells nothing of three
+
+
+def test_a_server_that_does_not_say_changes_nothing():
+    joined = Join(Server(beside=0), 8)
+    joined.ask(asked(b"a"))
+    assert joined.limit == 8
+
+
+def test_a_call_that_fails_fails_for_each_with_an_error_of_its_own(threads):
+    server = Server()
+
+    def fail(together):
+        server(together)
+        raise Unavailable("gone")
+
+    joined = Join(fail, 1)
+    first, waiting = held(server, joined, threads, 3)
+    server.open.set()
+    errors = [future.exception() for future in (first, *waiting)]
+    assert [(type(error), error.detail) for error in errors] == [(Unavailable, "gone")] * 4
+    assert len({id(error) for error in errors}) == 4
+    with pytest.raises(Unavailable):  # and its place is free again
+        joined.ask(asked(b"a"))
+
+
+def test_who_waits_too_long_is_told_and_nothing_is_asked_for_it(threads):
+    server = Server()
+    joined = Join(server, 1)
+    first, (late,) = held(server, joined, threads, 1, seconds=0.2)
+    with pytest.raises(TimedOut):
+        late.result()
+    server.open.set()
+    assert first.result() == b"firstfirst"
+    assert server.calls == [[b"first"]]
+
+
+def test_nothing_is_asked_for_who_is_gone(threads):
+    server = Server()
+    joined = Join(server, 1)
+    _, (gone,) = held(server, joined, threads, 1, wanted=lambda: False)
+    there = threads.submit(joined.ask, asked(b"there"))
+    until(lambda: len(joined._waiting) == 2)
+    server.open.set()
+    assert there.result() == b"therethere"
+    assert isinstance(gone.exception(), Abandoned)
+    assert server.calls == [[b"first"], [b"there"]]
+    with pytest.raises(Abandoned):
+        joined.ask(asked(b"alone", wanted=lambda: False))
+    assert joined.ask(asked(b"next")) == b"nextnext"
