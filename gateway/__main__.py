@@ -23,7 +23,7 @@ class Server(BaseApplication):  # type: ignore[misc]
 
         options: dict[str, Any] = {
             "bind": f"{self.settings.host}:{self.settings.port}",
-            "worker_class": os.environ.get("WC", "gateway.worker.Worker"),
+            "worker_class": "gateway.worker.Worker",
             "workers": self.settings.worker_processes,
             "threads": self.settings.threads,
             "graceful_timeout": int(self.settings.grace_seconds),

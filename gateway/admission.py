@@ -4,7 +4,7 @@ Under more load than there is capacity for, waiting only makes every answer late
 the latency that is measured: it grows by one for every full round of answers in time and shrinks by a tenth
 when one is late, at most once in the time that an answer may take (additive increase, multiplicative decrease:
 D. Chiu and R. Jain, Analysis of the increase and decrease algorithms for congestion avoidance, 1989; as a limit
-of concurrency: AIMDLimit of Netflix's concurrency-limits). The rest is refused at once, before it is parsed.
+of concurrency: AIMDLimit of Netflix's concurrency-limits). The rest is refused at once, before it is read.
 """
 
 import math
@@ -29,6 +29,11 @@ class Admission:
         self._total, self._shrunk, self._seconds = 0, -math.inf, 0.0
         self._lock = threading.Lock()
 
+    def look(self, client: str) -> None:
+        """Raises what `enter` would."""
+        with self._lock:
+            self._check(client)
+
     def enter(self, client: str) -> "Place":
         """A place, to be left again. Raises Overloaded.
 
@@ -36,16 +41,19 @@ class Admission:
         of calls does not shut out one with a single call; half as many as the limit are let in above it.
         """
         with self._lock:
-            if self._total >= self.limit:
-                share = self.limit / (len(self._held) + (client not in self._held))
-                if self._held[client] + 1 > share or self._total >= 1.5 * self.limit:
-                    # About when what is here now will have been answered.
-                    raise Overloaded(
-                        "more pictures are waiting than can be answered in time: try again soon",
-                        retry_after=max(1, math.ceil(self._seconds)),
-                    )
+            self._check(client)
             self._take(client, 1)
         return Place(self, client)
+
+    def _check(self, client: str) -> None:
+        if self._total >= self.limit:
+            share = self.limit / (len(self._held) + (client not in self._held))
+            if self._held[client] + 1 > share or self._total >= 1.5 * self.limit:
+                # About when what is here now will have been answered.
+                raise Overloaded(
+                    "more pictures are waiting than can be answered in time: try again soon",
+                    retry_after=max(1, math.ceil(self._seconds)),
+                )
 
     def _take(self, client: str, count: int) -> None:
         self._held[client] += count
@@ -85,7 +93,12 @@ class Place:
         self._admission.more(self._client, pictures - self._count)
         self._count = pictures
 
-    def leave(self, tells: bool) -> None:
-        """tells: the answer's time speaks of the load; not that of a bad picture, or of many in one request."""
+    def leave(self, tells: bool = False) -> None:
+        """tells: the answer's time speaks of the load; not that of a bad picture, or of many in one request.
+
+        Only the first call counts.
+        """
         seconds = time.monotonic() - self._since if tells and self._count == 1 else None
-        self._admission.leave(self._client, self._count, seconds)
+        count, self._count = self._count, 0
+        if count:
+            self._admission.leave(self._client, count, seconds)

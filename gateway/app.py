@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import functools
 import re
 import threading
 import time
@@ -21,9 +22,9 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from bundle.cpus import whole_cpus
 from gateway import access, errors, schemas, telemetry
 from gateway.admission import Admission
-from gateway.body import CUT_OFF, READ_SECONDS, TOO_LARGE, Body
 from gateway.client import Client, Split
 from gateway.errors import Problem
+from gateway.front import PLACE, READ_SECONDS, Environ, Front, wanted
 from gateway.models import Model
 from gateway.settings import Settings
 
@@ -65,6 +66,30 @@ class Gateway:
         self.models = {name: Model(name, client, decoding, settings.max_pixels) for name in settings.models}
         self.several = ThreadPoolExecutor(min(8, settings.in_flight), "instances")
         self._ready_file, self._ready = ready_file, False
+        self._overloads, self._told = 0, 0.0
+
+    def asks(self, path: str) -> bool:
+        """Whether a path is for those who may ask alone: the page, the docs and the probes are for everybody."""
+        settings = self.settings
+        return path != settings.health_route and (
+            path.startswith(("/predict", "/v1/")) or path == settings.predict_route
+        )
+
+    def refusal(self, problem: Problem, environ: Environ, started: float) -> Response:
+        """The answer to a request that does not reach Flask. Of those under overload one a second is logged."""
+        request_id = _request_id(environ.get("HTTP_X_REQUEST_ID", ""))
+        telemetry.REQUESTS.labels("refused", problem.status).inc()
+        fields: dict[str, Any] = {"problem": problem.detail}
+        if isinstance(problem, errors.Overloaded):
+            self._overloads += 1
+            if time.monotonic() - self._told < 1:
+                return _response(problem, request_id)
+            fields |= {"refused": self._overloads}
+            self._overloads, self._told = 0, time.monotonic()
+        milliseconds = {"request": round(1000 * (time.perf_counter() - started), 2)}
+        size = int(environ.get("CONTENT_LENGTH") or 0)
+        _log(request_id, environ["REQUEST_METHOD"], environ["PATH_INFO"], problem.status, size, milliseconds, fields)
+        return _response(problem, request_id)
 
     def _client(self, target: str) -> Client:
         return Client(target, self.settings.in_flight, self.settings.model_seconds, telemetry.RETRIES.inc)
@@ -108,10 +133,12 @@ def create_app(settings: Settings, ready_file: Path | None = None) -> OpenAPI:
     )
     app.request_class = Request
     app.json.sort_keys = False  # type: ignore[attr-defined]  # answers read in the order they are written
-    app.wsgi_app = Body(app.wsgi_app, settings.max_bytes)  # type: ignore[method-assign]
+    app.extensions["gateway"] = gateway = Gateway(settings, ready_file)
+    app.wsgi_app = Front(  # type: ignore[method-assign]
+        app.wsgi_app, gateway.asks, gateway.access, gateway.admission, settings.max_bytes, gateway.refusal
+    )
     if settings.proxies:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=settings.proxies, x_proto=settings.proxies)  # type: ignore[method-assign]
-    app.extensions["gateway"] = Gateway(settings, ready_file)
     app.before_request(_begin)
     app.after_request(_finish)
     app.register_error_handler(Problem, _problem)
@@ -214,9 +241,10 @@ def _predict(model: Model, pictures: list[bytes], top_k: int | None, where: str 
         raise errors.BadRequest(f"top_k: {top_k} is more than the {most} classes of {model.name}: send 1 to {most}")
     g.place.holds(len(pictures))
     stages, deadline, request_id = g.stages, g.deadline, g.request_id
+    there = functools.partial(wanted, request.environ)
 
     def ask(data: bytes) -> Any:
-        return model.predict(data, deadline, stages, request_id)
+        return model.predict(data, deadline, stages, request_id, there)
 
     with telemetry.IN_FLIGHT.track_inprogress():
         if len(pictures) == 1:
@@ -263,27 +291,15 @@ def _json(answer: schemas.Prediction | schemas.PredictResponse) -> Response:
 def _begin() -> None:
     g.started = time.perf_counter()
     g.deadline = time.monotonic() + _gateway().settings.deadline_seconds
-    given = request.headers.get("X-Request-Id", "")
-    g.request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    g.request_id = _request_id(request.headers.get("X-Request-Id", ""))
     g.stages = telemetry.Stages()
+    g.place = request.environ.get(PLACE)
     if request.method == "POST":
         g.stages.add("read", request.environ[READ_SECONDS])
-    if TOO_LARGE in request.environ:
-        most = _gateway().settings.max_bytes
-        raise errors.TooLarge(f"the body is larger than {most:,} bytes: send a smaller picture")
-    if CUT_OFF in request.environ:
-        raise errors.BadRequest("the body ended before the length that was announced: send it whole")
-    # The page, the docs and the probes are for everybody.
-    settings = _gateway().settings
-    asks = request.path.startswith(("/predict", "/v1/")) or request.path == settings.predict_route
-    if asks and request.path != settings.health_route:
-        client = _gateway().access.check(request)
-        if request.method == "POST":  # before the body is parsed: refusing must cost little
-            g.place = _gateway().admission.enter(client)
 
 
 def _finish(response: Response) -> Response:
-    if "place" in g:
+    if g.place:
         g.place.leave(tells=response.status_code == 200 or g.get("timed_out", False))
     response.headers["X-Request-Id"] = g.request_id
     response.headers["X-Content-Type-Options"] = "nosniff"
@@ -293,27 +309,43 @@ def _finish(response: Response) -> Response:
         return response
     if request.method == "POST":
         g.stages.add("request", time.perf_counter() - g.started)
-    fields = {
-        "request_id": g.request_id,
-        "method": request.method,
-        "path": request.path,
-        "status": response.status_code,
-        "bytes": request.content_length or 0,
-        "stages_ms": g.stages.milliseconds,
-        **g.get("answer", {}),
-        **g.get("problem", {}),
-    }
-    telemetry.log.info("request", extra=fields)
+    fields = g.get("answer", {}) | g.get("problem", {})
+    size = request.content_length or 0
+    _log(g.request_id, request.method, request.path, response.status_code, size, g.stages.milliseconds, fields)
     return response
+
+
+def _log(
+    request_id: str,
+    method: str,
+    path: str,
+    status: int,
+    size: int,
+    milliseconds: dict[str, float],
+    fields: dict[str, Any],
+) -> None:
+    """The line of one request; size: of its body, in bytes."""
+    extra = {"request_id": request_id, "method": method, "path": path, "status": status, "bytes": size}
+    telemetry.log.info("request", extra=extra | {"stages_ms": milliseconds} | fields)
+
+
+def _request_id(given: str) -> str:
+    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def _problem(problem: Problem) -> Response:
     g.problem = {"problem": problem.detail} | ({"cause": problem.cause} if problem.cause else {})
     g.timed_out = isinstance(problem, errors.TimedOut)
+    return _response(problem, g.request_id)
+
+
+def _response(problem: Problem, request_id: str) -> Response:
     details = schemas.ProblemDetails(
-        type=problem.type, title=problem.title, status=problem.status, detail=problem.detail, request_id=g.request_id
+        type=problem.type, title=problem.title, status=problem.status, detail=problem.detail, request_id=request_id
     )
     response = Response(details.model_dump_json(), problem.status, content_type="application/problem+json")
+    response.headers["X-Request-Id"] = request_id
+    response.headers["X-Content-Type-Options"] = "nosniff"
     if problem.status == 401:
         response.headers["WWW-Authenticate"] = 'Basic realm="Kennel: the API key as the password", charset="UTF-8"'
     if problem.retry_after is not None:

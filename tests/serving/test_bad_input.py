@@ -5,6 +5,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import time
 import zlib
 
 import pytest
@@ -115,3 +116,20 @@ def test_two_hundred_mutated_photographs_are_pictures_or_refused(gateway, photos
     assert 200 in statuses
     assert 422 in statuses
     assert good(gateway)
+
+
+def test_clients_that_do_not_close_their_side_hold_up_nobody(gateway):
+    """gunicorn's own threaded worker waits for each of them on its main thread, two seconds at a time."""
+    host, port = gateway.url.removeprefix("http://").split(":")
+    idle = [socket.create_connection((host, int(port))) for _ in range(10)]
+    try:
+        for client in idle:
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: kennel\r\nConnection: close\r\n\r\n")
+        for client in idle:
+            assert client.recv(12) == b"HTTP/1.1 200"
+        started = time.monotonic()
+        assert good(gateway)
+        assert time.monotonic() - started < 1.5
+    finally:
+        for client in idle:
+            client.close()

@@ -1,0 +1,132 @@
+"""What happens before Flask: who may ask, whether there is a place, and the body read whole.
+
+Refusing must cost little, or it takes from what is answered; so it is done here, with the body read and thrown away.
+Read it must be: a server that answers while a client still sends closes the connection under it, and the client sees
+a reset instead of the 503 or 413.
+"""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from io import BytesIO
+from typing import Any
+
+from flask import Request
+
+from gateway import errors
+from gateway.access import Access
+from gateway.admission import Admission, Place
+
+PLACE = "kennel.place"  # environ: this request's Place
+READ_SECONDS = "kennel.read_seconds"  # environ: how long reading took
+
+CHUNK = 1 << 18
+# How much of a refused body is read. Beyond it the connection is closed: somebody means no good.
+DRAINED = 512 << 20
+# Bodies that a process holds at a time, in bytes. Pictures of phones have 2 to 15 MB, and each is held until it is
+# answered; more of them at a time than this are refused.
+HELD = 128 << 20
+
+Environ = dict[str, Any]
+App = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
+
+
+class Front:
+    """WSGI middleware. Bodies of at most `limit` bytes come whole; what is refused gets the answer of `problem`."""
+
+    def __init__(
+        self,
+        app: App,
+        asks: Callable[[str], bool],
+        access: Access,
+        admission: Admission,
+        limit: int,
+        problem: Callable[[errors.Problem, Environ, float], App],
+    ) -> None:
+        """asks: whether a path is for those who may ask alone; problem: the answer to one that came at this time."""
+        self._app, self._asks, self._access, self._admission = app, asks, access, admission
+        self._limit, self._problem = limit, problem
+        self._held, self._lock = 0, threading.Lock()
+
+    def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        started = time.perf_counter()
+        place: Place | None = None
+        held, begun = 0, False
+        try:
+            try:
+                asks, posts = self._asks(environ["PATH_INFO"]), environ["REQUEST_METHOD"] == "POST"
+                client = self._access.check(Request(environ)) if asks else ""
+                if asks and posts:
+                    self._admission.look(client)  # before the body is read
+                held = self._hold(_announced(environ))
+                begun = True
+                body = self._read(environ, _announced(environ))
+                if asks and posts:
+                    environ[PLACE] = place = self._admission.enter(client)
+            except errors.Problem as problem:
+                if not begun:
+                    with contextlib.suppress(errors.Problem):
+                        self._read(environ, _announced(environ))
+                return self._problem(problem, environ, started)(environ, start_response)
+            environ[READ_SECONDS] = time.perf_counter() - started
+            environ["wsgi.input"] = BytesIO(body)
+            environ["CONTENT_LENGTH"] = str(len(body))
+            environ.pop("HTTP_TRANSFER_ENCODING", None)
+            return self._app(environ, start_response)
+        finally:
+            if place:
+                place.leave()
+            with self._lock:
+                self._held -= held
+
+    def _hold(self, announced: int | None) -> int:
+        """Bytes that this body may take. Raises Overloaded."""
+        size = self._limit if announced is None else announced
+        if size > self._limit:
+            return 0  # it will be thrown away
+        with self._lock:
+            if self._held + size > max(HELD, self._limit):
+                raise errors.Overloaded("as many bytes of pictures are waiting as may wait: try again soon")
+            self._held += size
+        return size
+
+    def _read(self, environ: Environ, announced: int | None) -> bytes:
+        """Raises TooLarge, or BadRequest where less came than was announced."""
+        stream, chunks, read, fits = environ["wsgi.input"], [], 0, True
+        while announced is None or read < announced:
+            chunk = stream.read(CHUNK if announced is None else min(CHUNK, announced - read))
+            if not chunk:
+                break
+            read += len(chunk)
+            fits = max(read, announced or 0) <= self._limit
+            if fits:
+                chunks.append(chunk)
+            else:
+                chunks.clear()
+                if read > DRAINED:
+                    break
+        if not fits:
+            raise errors.TooLarge(f"the body is larger than {self._limit:,} bytes: send a smaller picture")
+        if announced is not None and read < announced:
+            raise errors.BadRequest("the body ended before the length that was announced: send it whole")
+        return b"".join(chunks)
+
+
+def _announced(environ: Environ) -> int | None:
+    """The length of the body in bytes; None where it comes in chunks until it ends."""
+    length = environ.get("CONTENT_LENGTH", "")
+    if length.isdigit():
+        return int(length)
+    return None if environ.get("wsgi.input_terminated") or environ.get("HTTP_TRANSFER_ENCODING") else 0
+
+
+def wanted(environ: Environ) -> bool:
+    """Whether the client is still there: gunicorn's socket of it has not been closed from the other side."""
+    try:
+        return bool(environ["gunicorn.socket"].recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except (KeyError, BlockingIOError, InterruptedError):
+        return True
+    except OSError:
+        return False
