@@ -5,7 +5,6 @@ Read it must be: a server that answers while a client still sends closes the con
 a reset instead of the 503 or 413.
 """
 
-import contextlib
 import socket
 import threading
 import time
@@ -17,7 +16,7 @@ from flask import Request
 
 from gateway import errors
 from gateway.access import Access
-from gateway.admission import Admission, Place
+from gateway.admission import Admission
 
 PLACE = "kennel.place"  # environ: this request's Place
 READ_SECONDS = "kennel.read_seconds"  # environ: how long reading took
@@ -52,24 +51,23 @@ class Front:
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
         started = time.perf_counter()
-        place: Place | None = None
-        held, begun = 0, False
+        asks = self._asks(environ["PATH_INFO"])
+        predicts = asks and environ["REQUEST_METHOD"] == "POST"
+        client, place, problem = "", None, None
+        try:
+            client = self._access.check(Request(environ)) if asks else ""
+            if predicts:
+                self._admission.look(client)
+        except errors.Problem as exc:
+            problem = exc
+        held: list[int] = []
         try:
             try:
-                asks, posts = self._asks(environ["PATH_INFO"]), environ["REQUEST_METHOD"] == "POST"
-                client = self._access.check(Request(environ)) if asks else ""
-                if asks and posts:
-                    self._admission.look(client)  # before the body is read
-                held = self._hold(_announced(environ))
-                begun = True
-                body = self._read(environ, _announced(environ))
-                if asks and posts:
+                body = self._read(environ, held, problem)
+                if predicts:  # not before: who sends slowly would hold a place
                     environ[PLACE] = place = self._admission.enter(client)
-            except errors.Problem as problem:
-                if not begun:
-                    with contextlib.suppress(errors.Problem):
-                        self._read(environ, _announced(environ))
-                return self._problem(problem, environ, started)(environ, start_response)
+            except errors.Problem as exc:
+                return self._problem(exc, environ, started)(environ, start_response)
             environ[READ_SECONDS] = time.perf_counter() - started
             environ["wsgi.input"] = BytesIO(body)
             environ["CONTENT_LENGTH"] = str(len(body))
@@ -79,39 +77,41 @@ class Front:
             if place:
                 place.leave()
             with self._lock:
-                self._held -= held
+                self._held -= sum(held)
 
-    def _hold(self, announced: int | None) -> int:
-        """Bytes that this body may take. Raises Overloaded."""
-        size = self._limit if announced is None else announced
-        if size > self._limit:
-            return 0  # it will be thrown away
-        with self._lock:
-            if self._held + size > max(HELD, self._limit):
-                raise errors.Overloaded("as many bytes of pictures are waiting as may wait: try again soon")
-            self._held += size
-        return size
-
-    def _read(self, environ: Environ, announced: int | None) -> bytes:
-        """Raises TooLarge, or BadRequest where less came than was announced."""
-        stream, chunks, read, fits = environ["wsgi.input"], [], 0, True
+    def _read(self, environ: Environ, held: list[int], problem: errors.Problem | None) -> bytes:
+        """The body; its bytes are held, and `held` has how many. Where there is a problem already, or one turns up,
+        it is raised after the rest was read and thrown away.
+        """
+        stream, announced, chunks, read = environ["wsgi.input"], _announced(environ), [], 0
         while announced is None or read < announced:
             chunk = stream.read(CHUNK if announced is None else min(CHUNK, announced - read))
             if not chunk:
+                if announced is not None and problem is None:
+                    problem = errors.BadRequest("the body ended before the length that was announced: send it whole")
                 break
             read += len(chunk)
-            fits = max(read, announced or 0) <= self._limit
-            if fits:
+            if problem is None:
+                problem = self._hold(len(chunk), max(read, announced or 0), held)
+            if problem is None:
                 chunks.append(chunk)
-            else:
-                chunks.clear()
-                if read > DRAINED:
-                    break
-        if not fits:
-            raise errors.TooLarge(f"the body is larger than {self._limit:,} bytes: send a smaller picture")
-        if announced is not None and read < announced:
-            raise errors.BadRequest("the body ended before the length that was announced: send it whole")
+                continue
+            chunks.clear()
+            if read > DRAINED:
+                break
+        if problem is not None:
+            raise problem
         return b"".join(chunks)
+
+    def _hold(self, size: int, total: int, held: list[int]) -> errors.Problem | None:
+        if total > self._limit:
+            return errors.TooLarge(f"the body is larger than {self._limit:,} bytes: send a smaller picture")
+        with self._lock:
+            if self._held + size > max(HELD, self._limit):
+                return errors.Overloaded("as many bytes of pictures are waiting as may wait: try again soon")
+            self._held += size
+            held.append(size)
+        return None
 
 
 def _announced(environ: Environ) -> int | None:

@@ -1,12 +1,13 @@
 """Pictures of concurrent requests share calls to the model server, as soon as more calls would only wait there.
 
-A call costs gateway, JVM and worker 2 ms of CPU whatever it holds, a third of what a picture costs in all. So a
-process has only so many calls of a model under way as the model server takes up at once, and the pictures that come
-meanwhile go together in the next one. How many that is, the model server says: every answer tells how many calls
-were taken up together with it. More than one means that calls were waiting, and the limit is halved; one
-means that they were not, and it grows by one in a full round (a congestion bit, set by who has the queue: K.
-Ramakrishnan and R. Jain, A binary feedback scheme for congestion avoidance, 1990). With nothing else under way a
-picture is sent at once.
+A call costs gateway, JVM and worker about 1 ms of CPU whatever it holds. So a process has only so many calls of a
+model under way as the model server takes up at once, and the pictures that come meanwhile go together in the next
+one. How many that is, the model server says: every answer tells how many calls were taken up together with it. More
+than one means that calls were waiting, and the limit is halved; one means that they were not, and it grows by one in
+a full round (a congestion bit, set by who has the queue: K. Ramakrishnan and R. Jain, A binary feedback scheme for
+congestion avoidance, 1990). With nothing else under way a picture is sent at once.
+
+So pictures wait here and not there, where nobody would know that their time is over or their caller gone.
 """
 
 import copy
