@@ -78,6 +78,14 @@ class Gateway:
         self._model = Decoded(manifest.name, Client(target, MOST), threading.Semaphore(MOST), 0)
         self._number, self.rows = itertools.count(), list[Row]()
 
+    def first_answer(self) -> None:
+        """Asks until there is one."""
+        while True:
+            with contextlib.suppress(Problem):
+                self._model.current(time.monotonic() + 2)
+                return
+            time.sleep(0.02)
+
     def at(self, times: Floats) -> None:
         """As Crowd's."""
         start = time.perf_counter()
@@ -133,10 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--rate", type=knots, help="second:rate,second:rate,...")
     how.add_argument("--clients", type=int, help="who call again as soon as they have their answer")
+    how.add_argument("--first-answer", action="store_true", help="print the Unix seconds when a model server has one")
     parser.add_argument("--seconds", type=float, default=5.0, help="of --clients")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--say", action="store_true", help="print the Unix seconds when the first call could be due")
-    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--log", type=Path, help="a row a call: due, seconds, status, kind")
     args = parser.parse_args(arguments)
     load: Crowd | Gateway
     if args.http:
@@ -147,14 +156,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not args.bundle:
             parser.error("--grpc needs --bundle: what the model server serves")
         load = Gateway(args.grpc, read_bundle(args.bundle))
+        if args.first_answer:
+            load.first_answer()
+            print(time.time(), flush=True)
+            return
     if args.say:
         print(time.time(), flush=True)
     if args.clients:
         load.closed(args.clients, args.seconds)
     else:
         load.at(arrivals(args.rate, args.seed))
-    with args.log.open("w") as log:
-        log.writelines(f"{row.due:.6f}\t{row.seconds:.6f}\t{row.status}\t{row.kind}\n" for row in load.rows)
+    if args.log:
+        lines = (f"{row.due:.6f}\t{row.seconds:.6f}\t{row.status}\t{row.kind}\n" for row in load.rows)
+        args.log.write_text("".join(lines))
 
 
 if __name__ == "__main__":

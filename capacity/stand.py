@@ -18,10 +18,8 @@ import onnxruntime
 import psutil
 
 from bench import processes
-from bundle import golden, manifest, wire
+from bundle import golden, manifest
 from bundle.manifest import Manifest
-from gateway.client import Client
-from gateway.errors import Problem
 from local import processes as local
 from local.processes import ROOT
 
@@ -99,18 +97,18 @@ def light(bundle: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def running(process: subprocess.Popen[bytes], name: str, ready: Callable[[], bool]) -> Iterator[float]:
-    """Seconds from now until it is ready; ended when the context is left."""
-    began = time.monotonic()
+def running(process: subprocess.Popen[bytes], name: str, ready: Callable[[], float]) -> Iterator[float]:
+    """Seconds from now until the moment (Unix seconds) that `ready` gives once it is, 0 before; ended when the context
+    is left."""
+    began = time.time()
     try:
         processes.prefer([psutil.Process(process.pid)])
-        while not ready():
-            if process.poll() is not None or time.monotonic() - began > local.START_SECONDS:
+        while not (at := ready()):
+            if process.poll() is not None or time.time() - began > local.START_SECONDS:
                 raise SystemExit(f"calibrate: the {name} did not become ready; see {LOG.relative_to(ROOT)}")
             time.sleep(0.02)
-        seconds = time.monotonic() - began
         processes.prefer(processes.tree(process.pid))  # sessions that it began have shares of their own
-        yield seconds
+        yield at - began
     finally:
         local.end(process)
 
@@ -120,23 +118,25 @@ def model_server(
     bundle: Path, cpus: Sequence[int], output: IO[bytes]
 ) -> Iterator[tuple[subprocess.Popen[bytes], str, float]]:
     """One on these CPUs: its process, its gRPC address, seconds to its first answer."""
-    name, [port] = manifest.read(bundle).name, local.free_ports(1)
-    client = Client(target := f"127.0.0.1:{port}", 1)
-
-    def answers() -> bool:
-        try:
-            client.predictions(name, wire.request({}, ()), time.monotonic() + 2)
-        except Problem:
-            return False
-        return True
-
+    [port] = local.free_ports(1)
+    target = f"127.0.0.1:{port}"
+    # Asked from a process of its own: gRPC's threads do not live through the forks that start others here.
+    command = [sys.executable, "-m", "capacity.load", "--grpc", target, "--bundle", str(bundle), "--first-answer"]
     with tempfile.TemporaryDirectory(prefix="calibrate-") as store:
-        command = [sys.executable, "model-server/archive.py", str(bundle), "--store", store]
-        subprocess.run(command, cwd=ROOT, env=local.environment(), check=True, stdout=output)
-        with pinned(cpus):
-            process = local.start_model_server(Path(store), port, output)
-        with running(process, "model server", answers) as seconds:
-            yield process, target, seconds
+        archive = [sys.executable, "model-server/archive.py", str(bundle), "--store", store]
+        subprocess.run(archive, cwd=ROOT, env=local.environment(), check=True, stdout=output)
+        with subprocess.Popen(command, cwd=ROOT, env=local.environment(), stdout=subprocess.PIPE) as asking:
+            try:
+                with pinned(cpus):
+                    process = local.start_model_server(Path(store), port, output)
+
+                def answered() -> float:
+                    return float(asking.stdout.read()) if asking.poll() == 0 and asking.stdout else 0.0
+
+                with running(process, "model server", answered) as seconds:
+                    yield process, target, seconds
+            finally:
+                asking.kill()
 
 
 @contextlib.contextmanager
@@ -146,12 +146,12 @@ def gateway(
     """One before that model server: its process, its address, seconds until it was ready."""
     [port] = local.free_ports(1)
 
-    def ready() -> bool:
+    def ready() -> float:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
-                return True
+                return time.time()
         except OSError:
-            return False
+            return 0.0
 
     with pinned(cpus):
         process = local.start_gateway([name], target, port, output)
