@@ -3,6 +3,7 @@
 gunicorn forks the worker processes; each makes its own app, and with it its own channel.
 """
 
+import ctypes
 import os
 import tempfile
 from pathlib import Path
@@ -50,8 +51,21 @@ def _forget(_: Any, worker: Any) -> None:
     multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
 
 
+def _give_memory_back() -> None:
+    """A large picture's memory goes back to the system once it is decoded, whichever thread did that.
+
+    glibc would raise its threshold with the first one and from then on keep such pieces, of 16 MB, for each thread
+    (mallopt(3), M_MMAP_THRESHOLD): a process of 75 MB held 390 MB after two pictures of 64 megapixels. Other systems'
+    allocators are left alone.
+    """
+    if hasattr(library := ctypes.CDLL(None), "mallopt"):
+        for option, size in ((-3, 4 << 20), (-1, 4 << 20)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+            library.mallopt(option, size)
+
+
 def main() -> None:
     settings = Settings.from_environment()
+    _give_memory_back()
     with tempfile.TemporaryDirectory(prefix="gateway-") as shared:
         # Read by prometheus_client when it is imported, which is why the imports above wait.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
