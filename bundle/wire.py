@@ -38,8 +38,8 @@ class FrameError(ValueError):
 class Answer:
     """status, digest of the bundle that answered, logits float32 [N, C], manifest.json's bytes or b"".
 
-    failed: {index of a picture: why it has no logits}; beside: requests that were taken up together with this one,
-    itself among them; 0 where the server does not say.
+    failed: {index of a picture: why it has no logits}; beside: requests that had waited to be taken up together with
+    this one, itself among them; 0 where the server does not say.
     """
 
     status: Status

@@ -63,7 +63,9 @@ class Gateway:
             client = Split(main, canary, settings.canary_share, telemetry.CANARY_FAILURES.inc)
         self.admission = Admission(settings.in_flight, settings.late_seconds)
         decoding = threading.Semaphore(max(1, whole_cpus() // settings.worker_processes))
-        self.models = {name: Model(name, client, decoding, settings.max_pixels) for name in settings.models}
+        self.models = {
+            name: Model(name, client, decoding, settings.max_pixels, settings.model_seconds) for name in settings.models
+        }
         self.several = ThreadPoolExecutor(min(8, settings.in_flight), "instances")
         self._ready_file, self._ready = ready_file, False
         self._overloads, self._told = 0, 0.0

@@ -2,10 +2,10 @@
 
 A call costs gateway, JVM and worker about 1 ms of CPU whatever it holds. So a process has only so many calls of a
 model under way as the model server takes up at once, and the pictures that come meanwhile go together in the next
-one. How many that is, the model server says: every answer tells how many calls were taken up together with it. More
-than one means that calls were waiting, and the limit is halved; one means that they were not, and it grows by one in
-a full round (a congestion bit, set by who has the queue: K. Ramakrishnan and R. Jain, A binary feedback scheme for
-congestion avoidance, 1990). With nothing else under way a picture is sent at once.
+one. How many that is, the model server says: every answer tells how many calls had waited to be taken up together
+with it. More than one, and the limit shrinks by a fifth; one, and it grows by one in a full round (a congestion bit,
+set by who has the queue: K. Ramakrishnan and R. Jain, A binary feedback scheme for congestion avoidance, 1990). With
+nothing else under way a picture is sent at once.
 
 So pictures wait here and not there, where nobody would know that their time is over or their caller gone.
 """
@@ -23,7 +23,7 @@ from gateway.errors import Abandoned, TimedOut
 
 PICTURES = 8  # a call: beyond it nothing is won, and all wait for the last one
 BYTES = 4 << 20  # a call, likewise: for large inputs
-SHRINK = 0.5
+SHRINK = 0.8
 
 
 @dataclass(eq=False)
@@ -41,16 +41,16 @@ class Asked:
 
 
 # Makes one call for pictures of one contract -> the outcome of each, an exception where it failed; and how many calls
-# the model server took up together with it, 0 where nobody knows.
+# had waited at the model server to be taken up together with it, 0 where nobody knows.
 Call = Callable[[Sequence[Asked]], tuple[Sequence[Any], int]]
 
 
 class Join:
     """One model's calls. A picture's own thread makes the call for those that waited with it: there are no others."""
 
-    def __init__(self, call: Call, most: int) -> None:
-        """most: calls at a time, whatever the model server says."""
-        self._call, self._most = call, most
+    def __init__(self, call: Call, most: int, seconds: float) -> None:
+        """most: calls at a time, whatever the model server says; seconds: that a picture may wait for its call."""
+        self._call, self._most, self._seconds = call, most, seconds
         self.limit = float(most)
         self._calls = 0
         self._waiting: deque[Asked] = deque()
@@ -61,11 +61,12 @@ class Join:
         with self._lock:
             self._waiting.append(asked)
             self._start()
-        if not asked.turn.wait(asked.deadline - time.monotonic()):
+        if not asked.turn.wait(min(self._seconds, asked.deadline - time.monotonic())):
             with self._lock:
-                if asked in self._waiting:
+                if waits := asked in self._waiting:
                     self._waiting.remove(asked)
-            if not asked.together:
+            # Else it has just been taken along.
+            if waits or not asked.turn.wait(asked.deadline - time.monotonic()):
                 raise TimedOut(SLOW)
         if asked.together:
             self._lead(asked.together)

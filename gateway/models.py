@@ -29,12 +29,15 @@ Stage = Callable[[str], AbstractContextManager[None]]  # times what runs inside 
 class Model:
     """One model's name and the manifests that its servers have answered with."""
 
-    def __init__(self, name: str, client: Client | Split, decoding: threading.Semaphore, max_pixels: int) -> None:
+    def __init__(
+        self, name: str, client: Client | Split, decoding: threading.Semaphore, max_pixels: int, seconds: float = 1.5
+    ) -> None:
+        """seconds: that a picture may wait for its call to the model server."""
         self.name = name
         self._client, self._decoding, self._max_pixels = client, decoding, max_pixels
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()  # by digest, the oldest learned first
         self._latest: Manifest | None = None  # of the last answer: the next picture is decoded for it
-        self._join = Join(self._together, CALLS)
+        self._join = Join(self._together, CALLS, seconds)
         self._lock = threading.Lock()
 
     def manifest(self, deadline: float) -> Manifest:

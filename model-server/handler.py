@@ -41,8 +41,8 @@ class Model:
         self.run = onnx_runner(folder) if device == "cpu" else torch_runner(folder, device)
         golden.check(folder, self.run, len(self.manifest.classes), self.manifest.tolerance)
 
-    def answer(self, requests: Sequence[Request]) -> list[bytes]:
-        """One frame for every request, in order."""
+    def answer(self, requests: Sequence[Request], waited: bool = True) -> list[bytes]:
+        """One frame for every request, in order. waited: for this worker, that is, and not for one another."""
         answers: list[wire.Answer | None] = [self._without_running(request) for request in requests]
         waiting = [i for i, answer in enumerate(answers) if answer is None]
         logits, failed = self._run([self._pixels(requests[i]) for i in waiting])
@@ -55,7 +55,8 @@ class Model:
             else:
                 answers[i] = self._frame(requests[i], "ok", logits[start:end], failed=whys)
             start = end
-        return [wire.pack(replace(answer, beside=len(requests))) for answer in answers if answer]
+        beside = len(requests) if waited else 1
+        return [wire.pack(replace(answer, beside=beside)) for answer in answers if answer]
 
     def _without_running(self, request: Request) -> wire.Answer | None:
         if self.key in request:
@@ -177,13 +178,17 @@ class Tally:
                     self._metrics.add_counter(name, count)
 
 
+# Seconds between two batches after which the second one found the worker idle; handing one over takes 1 to 3 ms.
+IDLE = 0.01
+
 _model: Model | None = None
 _tally: Tally | None = None
+_busy_until = 0.0
 
 
 def handle(data: list[Request] | None, context: Any) -> list[bytes] | None:
     """TorchServe's entry point: called once without data to load, then with every batch."""
-    global _model, _tally
+    global _model, _tally, _busy_until
     if _model is None:
         properties = context.system_properties
         try:
@@ -198,4 +203,6 @@ def handle(data: list[Request] | None, context: Any) -> list[bytes] | None:
     if _tally is None:
         _tally = Tally(context.metrics)
     _tally.add(sum(map(wire.count, filter(wire.has_pixels, data))))
-    return _model.answer(data)
+    frames = _model.answer(data, waited=time.monotonic() - _busy_until < IDLE)
+    _busy_until = time.monotonic()
+    return frames

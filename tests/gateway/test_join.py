@@ -56,14 +56,14 @@ def held(server, joined, threads, count=20, **how):
 
 def test_a_picture_that_comes_alone_goes_at_once():
     server = Server()
-    joined = Join(server, 8)
+    joined = Join(server, 8, 5)
     assert [joined.ask(asked(pixels)) for pixels in (b"a", b"b")] == [b"aa", b"bb"]
     assert server.calls == [[b"a"], [b"b"]]
 
 
 def test_those_that_come_meanwhile_share_the_next_calls_in_their_order(threads):
     server = Server()
-    joined = Join(server, 1)
+    joined = Join(server, 1, 5)
     first, waiting = held(server, joined, threads)
     assert server.calls == [[b"first"]]
     server.open.set()
@@ -75,7 +75,7 @@ def test_those_that_come_meanwhile_share_the_next_calls_in_their_order(threads):
 
 def test_pictures_of_another_contract_do_not_share(threads):
     server = Server()
-    joined = Join(server, 1)
+    joined = Join(server, 1, 5)
     _, waiting = held(server, joined, threads, 3)
     waiting.append(threads.submit(joined.ask, asked(b"other", contract="d")))
     until(lambda: len(joined._waiting) == 4)
@@ -87,7 +87,7 @@ def test_pictures_of_another_contract_do_not_share(threads):
 def test_large_pictures_share_less(threads, monkeypatch):
     monkeypatch.setattr(join, "BYTES", 3)
     server = Server()
-    joined = Join(server, 1)
+    joined = Join(server, 1, 5)
     _, waiting = held(server, joined, threads, 7)
     server.open.set()
     for future in waiting:
@@ -95,13 +95,14 @@ def test_large_pictures_share_less(threads, monkeypatch):
     assert [len(call) for call in server.calls] == [1, 3, 3, 1]
 
 
-def test_calls_that_were_taken_up_together_halve_how_many_are_under_way():
-    joined = Join(Server(beside=2), 8)
+def test_where_calls_had_to_wait_fewer_are_under_way():
+    joined = Join(Server(beside=2), 8, 5)
     limits = []
-    for _ in range(5):
+    for _ in range(12):
         joined.ask(asked(b"a"))
-        limits.append(joined.limit)
-    assert limits == [4, 2, 1, 1, 1]
+        limits.append(round(joined.limit, 2))
+    assert limits[:3] == [6.4, 5.12, 4.1]
+    assert limits[-2:] == [1, 1]
 
 
 def test_it_grows_where_more_would_be_taken_up_at_once_and_only_where_more_are_there(threads):
@@ -109,11 +110,11 @@ def test_it_grows_where_more_would_be_taken_up_at_once_and_only_where_more_are_t
         time.sleep(0.005)
         return [asked.pixels for asked in together], 1
 
-    joined = Join(busy, 3)
+    joined = Join(busy, 3, 5)
     joined.limit = 1.0
     list(threads.map(lambda _: joined.ask(asked(b"a")), range(100)))
     assert joined.limit == 3
-    joined = Join(busy, 64)
+    joined = Join(busy, 64, 5)
     joined.limit = 2.0
     for _ in range(100):
         joined.ask(asked(b"a"))
@@ -121,7 +122,7 @@ def test_it_grows_where_more_would_be_taken_up_at_once_and_only_where_more_are_t
 
 
 def test_a_server_that_does_not_say_changes_nothing():
-    joined = Join(Server(beside=0), 8)
+    joined = Join(Server(beside=0), 8, 5)
     joined.ask(asked(b"a"))
     assert joined.limit == 8
 
@@ -133,7 +134,7 @@ def test_a_call_that_fails_fails_for_each_with_an_error_of_its_own(threads):
         server(together)
         raise Unavailable("gone")
 
-    joined = Join(fail, 1)
+    joined = Join(fail, 1, 5)
     first, waiting = held(server, joined, threads, 3)
     server.open.set()
     errors = [future.exception() for future in (first, *waiting)]
@@ -143,10 +144,11 @@ def test_a_call_that_fails_fails_for_each_with_an_error_of_its_own(threads):
         joined.ask(asked(b"a"))
 
 
-def test_who_waits_too_long_is_told_and_nothing_is_asked_for_it(threads):
+@pytest.mark.parametrize(("patience", "seconds"), [(5, 0.2), (0.2, 5)])
+def test_who_waits_too_long_is_told_and_nothing_is_asked_for_it(threads, patience, seconds):
     server = Server()
-    joined = Join(server, 1)
-    first, (late,) = held(server, joined, threads, 1, seconds=0.2)
+    joined = Join(server, 1, patience)
+    first, (late,) = held(server, joined, threads, 1, seconds=seconds)
     with pytest.raises(TimedOut):
         late.result()
     server.open.set()
@@ -156,7 +158,7 @@ def test_who_waits_too_long_is_told_and_nothing_is_asked_for_it(threads):
 
 def test_nothing_is_asked_for_who_is_gone(threads):
     server = Server()
-    joined = Join(server, 1)
+    joined = Join(server, 1, 5)
     _, (gone,) = held(server, joined, threads, 1, wanted=lambda: False)
     there = threads.submit(joined.ask, asked(b"there"))
     until(lambda: len(joined._waiting) == 2)
