@@ -66,10 +66,11 @@ class Load:
             self.began = float(said)
             try:
                 yield rows
+                process.wait()
             except BaseException:
                 process.kill()
                 raise
-            if process.wait():
+            if process.returncode:
                 raise SystemExit(f"check: the load generator ended with exit code {process.returncode}")
         rows += figures.read(log)
 
@@ -100,6 +101,8 @@ def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier]) -> Pods:
     if len(steps) < 2:
         raise SystemExit("check: the cluster does not bear 30 images/s without refusing any: too little to measure")
     fitted = {name: line(found) for name, found in points.items()}
+    if fitted[""][1] < sum(fitted[name][1] for name in TIERS):
+        raise SystemExit("check: the node's CPUs did not follow the load, others were busy: measure on a quiet machine")
     rate = sorted(steps)[len(steps) // 2]
     print(f"one more replica of each, at {rate:g} images/s", flush=True)
     started = start(cluster, load, least, rate)

@@ -65,8 +65,8 @@ def test_more_load_is_seen_late_by_as_much_as_the_parts_say(moments):
     asked = int(np.argmax(result.replicas["model-server"] > 2)) - 120
     serves = int(np.argmax(result.ready["model-server"] > 2)) - 120
     assert 10 <= asked <= 45
-    # 5 s until its container starts, 2.7 s of it, looked at every 2: at 4.
-    assert serves - asked == 9
+    # 2 s until its container starts, 2.7 s of it, looked at every 2: at 4.
+    assert serves - asked == 6
 
 
 def test_a_node_that_must_be_made_first_takes_its_time():
@@ -83,7 +83,7 @@ def test_a_node_that_was_there_a_moment_ago_is_there_again():
     group.scale(0, 3)
     group.paid(60)
     group.scale(60, 5)
-    assert [pod.started - 60 for pod in group.pods[3:]] == [5.0, 95.0]
+    assert [pod.started - 60 for pod in group.pods[3:]] == [2.0, 92.0]
 
 
 def test_replicas_go_one_a_minute_after_the_window():
