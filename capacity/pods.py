@@ -16,7 +16,7 @@ from bench import figures
 from bench.load import Row
 from capacity.cluster import Cluster, Life, Watch, line, windows
 from capacity.manifests import TIERS, Tier
-from capacity.measured import LEVELS, Latencies, Replica
+from capacity.measured import LEVELS, Floats, Latencies, Replica
 from capacity.simulation import Shared
 from local.processes import ROOT, environment
 
@@ -103,9 +103,9 @@ def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier]) -> Pods:
     fitted = {name: line(found) for name, found in points.items()}
     if fitted[""][1] < sum(fitted[name][1] for name in TIERS):
         raise SystemExit("check: the node's CPUs did not follow the load, others were busy: measure on a quiet machine")
-    rate = sorted(steps)[len(steps) // 2]
+    rate = max(steps)  # a tier grows when the node is busy, and then a start is felt most
     print(f"one more replica of each, at {rate:g} images/s", flush=True)
-    started = start(cluster, load, least, rate)
+    started, slowed = start(cluster, load, least, rate, fitted)
     replicas, create = {}, {}
     for tier in tiers:
         idle, an_image = fitted[tier.name]
@@ -124,7 +124,7 @@ def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier]) -> Pods:
         rate / able: tuple(np.quantile([1e3 * row.seconds for row in rows if row.status == 200], LEVELS).tolist())
         for rate, rows in steps.items()
     }
-    return Pods(replicas, create, Shared(cluster.node_cpus, fixed, others, Latencies.of(quantiles)), able)
+    return Pods(replicas, create, Shared(cluster.node_cpus, fixed, others, Latencies.of(quantiles), slowed), able)
 
 
 def node_able(cluster: Cluster, points: Sequence[tuple[float, float]]) -> float:
@@ -133,30 +133,38 @@ def node_able(cluster: Cluster, points: Sequence[tuple[float, float]]) -> float:
     return (cluster.node_cpus - idle) / max(an_image, 1e-6)
 
 
-def start(cluster: Cluster, load: Load, least: Mapping[str, int], rate: float) -> dict[str, tuple[list[Life], float]]:
-    """One more of each under load, then as before -> their pods, and the CPUs that a start took."""
+def start(
+    cluster: Cluster, load: Load, least: Mapping[str, int], rate: float, fitted: Mapping[str, tuple[float, float]]
+) -> tuple[dict[str, tuple[list[Life], float]], Floats | None]:
+    """One more of each under load, then as before -> their pods and the CPUs that a start took; and seconds at LEVELS
+    of the calls that were due from a pod's creation to its readiness."""
     more = {name: count + 1 for name, count in least.items()}
     with cluster.watch() as watch:
         there = set(watch.lives)
-        with load.running([(0, rate), (60, rate)], seed=91):
+        with load.running([(0, rate), (60, rate)], seed=91) as rows:
             time.sleep(5)
             cluster.bounds(more, more)
             time.sleep(40)
     cluster.bounds(least, least)
-    found = {}
+    found, new = {}, []
     for name in least:
         lives = [life for life in watch.lives.values() if life.name not in there and life.tier == name]
         lives = [life for life in lives if not math.isnan(life.ready)]
         if not lives:
             raise SystemExit(f"check: one more {name} was not ready within 40 s: has the node room for it?")
-        found[name] = lives, statistics.mean(_start_cores(watch, life) for life in lives)
-    return found
+        idle, an_image = fitted[name]
+        works = idle + an_image * rate / more[name]
+        found[name] = lives, statistics.mean(_start_cores(watch, life, works) for life in lives)
+        new += lives
+    answered = [(load.began + row.due, row.seconds) for row in rows if row.status == 200]
+    slow = [seconds for at, seconds in answered if any(life.created <= at <= life.ready for life in new)]
+    return found, np.quantile(slow, LEVELS) if len(slow) > 100 else None
 
 
-def _start_cores(watch: Watch, life: Life) -> float:
-    """CPUs from its container's start until it was ready: by the first counting after that, which has some seconds of
-    work in it too."""
+def _start_cores(watch: Watch, life: Life, works: float) -> float:
+    """CPUs from its container's start until it was ready: by the first counting after that, less its work since."""
     after = [(at, seconds) for at, seconds in sorted(watch.cpu.get(life.name, {}).items()) if at >= life.ready]
     if not after:
         return 1.0
-    return min(1.0, after[0][1] / max(1.0, after[0][0] - life.started))
+    at, seconds = after[0]
+    return min(1.0, max(0.0, seconds - works * (at - life.ready)) / max(1.0, life.ready - life.started))

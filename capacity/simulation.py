@@ -31,7 +31,7 @@ EDGES = np.geomspace(1e-4, 100, 1201)  # seconds; a bin is 1.2% wide
 class Timing:
     """Of the cluster, in seconds. Defaults: Kubernetes', metrics-server's and this repository's.
 
-    create: by tier, from a pod's creation to its container's start with the image on the node, the init container's time
+    create: by tier, from a pod's creation to its container's start, the image on the node, its init container's time
     included, as `make capacity-check` found it on Kubernetes 1.36 (one node of 2 CPUs, whole seconds, n=1);
     node: until a new node is there, 0 where there are always enough; keep: how long an empty node stays
     (Cluster Autoscaler's --scale-down-unneeded-time); look, scrape, sync: the first of each, within their periods.
@@ -66,6 +66,7 @@ class Shared:
     fixed: float
     per_image: float
     latencies: Latencies
+    slowed: Floats | None = None  # seconds at LEVELS while a pod starts: all CPUs are busy then, and every hop waits
 
 
 @dataclass
@@ -271,7 +272,10 @@ def simulate(
             group.taken.append(group.taken[-1] + used * tick)
             flow = given
         if shared:
-            found = _summed((shared.latencies,), (_hundredths(rate / node),)) + wait
+            found = _summed((shared.latencies,), (_hundredths(rate / node),))
+            if shared.slowed is not None and any(group.starting(now) for group in groups):
+                found = np.maximum(found, shared.slowed)
+            found = found + wait
         else:
             found = _summed(tuple(g.replica.latencies for g in groups), tuple(map(_hundredths, loads))) + wait
         served[k], refused[k] = flow, lost

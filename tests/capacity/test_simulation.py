@@ -130,6 +130,11 @@ def test_on_one_node_its_cpus_are_the_limit_and_a_start_takes_of_them():
     starts = grown.replicas["model-server"] > grown.ready["model-server"]
     assert starts.any()
     assert grown.p99[starts].max() > grown.p99[-1]
+    slowed = dataclasses.replace(shared, slowed=np.full(len(LEVELS), 0.5))
+    felt = run([(tier("gateway", target=20), GATEWAY), (tier("model-server", target=30), MODEL_SERVER)],
+               load, 0.3, shared=slowed)  # fmt: skip
+    assert felt.p99[starts].min() >= 0.5
+    assert felt.p99[-1] < 0.1
 
 
 def test_the_replicas_of_a_steady_load():
