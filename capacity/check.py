@@ -2,12 +2,13 @@
 
     KUBECONFIG=... KENNEL_URL=http://127.0.0.1:8080 python -m capacity.check
 
-Kennel must be there (`make kind-deploy`), on one node, whose CPUs everything shares: the pods, Kubernetes, and the load
-where it comes from that machine. First the very pods are measured: with both HPAs held at their least, a few rates
-give CPU an image of each tier and of all else, and latency by how busy the node is; one more replica of each, at the
-highest of them, gives the time that a start takes, its CPU, and how much it slows the rest. Then the HPAs are free, a ramp goes
-up and down, and replicas are recorded each second. The simulation gets the same arrivals, the HPAs and requests as the cluster has them, and the measurement.
-The HPA's looks fall at moments that nobody knows, so it runs with several, and the means are compared.
+Kennel must be there (`make kind-deploy`), on one node, whose CPUs everything shares: the pods, Kubernetes, and the
+load where it comes from that machine. First the very pods are measured: with both HPAs held at their least, a few
+rates give CPU an image of each tier and of all else, and latency by how busy the node is; one more replica of each,
+at the highest of them, gives the time that a start takes, its CPU, and how much it slows the rest. Then the HPAs are
+free, a ramp goes up and down, and replicas are recorded each second. The simulation gets the same arrivals, the HPAs
+and requests as the cluster has them, and the measurement. The HPA's looks fall at moments that nobody knows, so it
+runs with several, and the means are compared.
 """
 
 import argparse
