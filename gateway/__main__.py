@@ -33,6 +33,8 @@ class Server(BaseApplication):  # type: ignore[misc]
             "worker_tmp_dir": str(self.shared),
             "logconfig_dict": LOGGING,
             "child_exit": _forget,
+            "post_worker_init": lambda _: _telemetry().later.begin(),
+            "worker_exit": lambda _, __: _telemetry().later.flush(),
             "control_socket_disable": True,
         }
         for key, value in options.items():
@@ -42,6 +44,12 @@ class Server(BaseApplication):  # type: ignore[misc]
         from gateway.app import create_app
 
         return create_app(self.settings, self.shared / "ready")
+
+
+def _telemetry() -> Any:
+    from gateway import telemetry
+
+    return telemetry
 
 
 def _forget(_: Any, worker: Any) -> None:

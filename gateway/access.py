@@ -4,6 +4,7 @@ import hmac
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 from flask import Request
 from limits import RateLimitItem, parse
@@ -41,11 +42,11 @@ class Access:
         self._keys, self._rate = keys, rate
         self._limiter = MovingWindowRateLimiter(MemoryStorage()) if rate else None
 
-    def check(self, request: Request) -> str:
-        """The client: its key's number, or its address. Raises Unauthorized or TooManyRequests."""
-        client = request.remote_addr or ""
+    def check(self, environ: dict[str, Any]) -> str:
+        """The client of this WSGI environ: its key's number, or its address. Raises Unauthorized or TooManyRequests."""
+        client: str = environ.get("REMOTE_ADDR") or ""
         if self._keys:
-            client = self._check_key(request)
+            client = self._check_key(Request(environ))
         if self._limiter and self._rate and not self._limiter.hit(self._rate, client):
             reset = self._limiter.get_window_stats(self._rate, client).reset_time
             wait = max(1, math.ceil(reset - time.time()))

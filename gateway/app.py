@@ -80,17 +80,19 @@ class Gateway:
     def refusal(self, problem: Problem, environ: Environ, started: float) -> Response:
         """The answer to a request that does not reach Flask. Of those under overload one a second is logged."""
         request_id = _request_id(environ.get("HTTP_X_REQUEST_ID", ""))
-        telemetry.REQUESTS.labels("refused", problem.status).inc()
         fields: dict[str, Any] = {"problem": problem.detail}
         if isinstance(problem, errors.Overloaded):
             self._overloads += 1
             if time.monotonic() - self._told < 1:
+                telemetry.later(lambda: telemetry.answered(0, "refused", problem.status, {}, {}))
                 return _response(problem, request_id)
             fields |= {"refused": self._overloads}
             self._overloads, self._told = 0, time.monotonic()
-        milliseconds = {"request": round(1000 * (time.perf_counter() - started), 2)}
         size = int(environ.get("CONTENT_LENGTH") or 0)
-        _log(request_id, environ["REQUEST_METHOD"], environ["PATH_INFO"], problem.status, size, milliseconds, fields)
+        said = _line(request_id, environ["REQUEST_METHOD"], environ["PATH_INFO"], problem.status, size, fields)
+        took = {"refusal": round(1000 * (time.perf_counter() - started), 2)}
+        told = functools.partial(telemetry.answered, time.time(), "refused", problem.status)
+        telemetry.later(lambda: told({}, {**said, "stages_ms": took}))
         return _response(problem, request_id)
 
     def _client(self, target: str) -> Client:
@@ -259,8 +261,6 @@ def _predict(model: Model, pictures: list[bytes], top_k: int | None, where: str 
                 for future in running:
                     future.cancel()
     predictions = [schemas.decide(manifest, logits, top_k) for manifest, logits in answers]
-    for prediction in predictions:
-        telemetry.PREDICTIONS.labels(prediction.model, prediction.label).inc()
     g.answer = {"model": model.name, "digest": predictions[0].digest, "labels": [p.label for p in predictions]}
     return predictions
 
@@ -305,30 +305,21 @@ def _finish(response: Response) -> Response:
         g.place.leave(tells=response.status_code == 200 or g.get("timed_out", False))
     response.headers["X-Request-Id"] = g.request_id
     response.headers["X-Content-Type-Options"] = "nosniff"
-    route = request.url_rule.rule if request.url_rule else "other"
-    telemetry.REQUESTS.labels(route, response.status_code).inc()
-    if route in ("/healthz", "/readyz", "/metrics", _gateway().settings.health_route) and response.status_code == 200:
-        return response
+    route, status, stages = request.url_rule.rule if request.url_rule else "other", response.status_code, g.stages
     if request.method == "POST":
-        g.stages.add("request", time.perf_counter() - g.started)
-    fields = g.get("answer", {}) | g.get("problem", {})
-    size = request.content_length or 0
-    _log(g.request_id, request.method, request.path, response.status_code, size, g.stages.milliseconds, fields)
+        stages.add("request", time.perf_counter() - g.started)
+    fields: dict[str, Any] = {}
+    if status != 200 or route not in ("/healthz", "/readyz", "/metrics", _gateway().settings.health_route):
+        found = g.get("answer", {}) | g.get("problem", {})
+        fields = _line(g.request_id, request.method, request.path, status, request.content_length or 0, found)
+        fields["stages_ms"] = stages.milliseconds
+    telemetry.later(functools.partial(telemetry.answered, time.time(), route, status, stages.milliseconds, fields))
     return response
 
 
-def _log(
-    request_id: str,
-    method: str,
-    path: str,
-    status: int,
-    size: int,
-    milliseconds: dict[str, float],
-    fields: dict[str, Any],
-) -> None:
-    """The line of one request; size: of its body, in bytes."""
-    extra = {"request_id": request_id, "method": method, "path": path, "status": status, "bytes": size}
-    telemetry.log.info("request", extra=extra | {"stages_ms": milliseconds} | fields)
+def _line(request_id: str, method: str, path: str, status: int, size: int, fields: dict[str, Any]) -> dict[str, Any]:
+    """What is logged of one request; size: of its body, in bytes."""
+    return {"request_id": request_id, "method": method, "path": path, "status": status, "bytes": size, **fields}
 
 
 def _request_id(given: str) -> str:

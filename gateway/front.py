@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable
 from io import BytesIO
 from typing import Any
 
-from flask import Request
-
 from gateway import errors
 from gateway.access import Access
 from gateway.admission import Admission
@@ -55,7 +53,7 @@ class Front:
         predicts = asks and environ["REQUEST_METHOD"] == "POST"
         client, place, problem = "", None, None
         try:
-            client = self._access.check(Request(environ)) if asks else ""
+            client = self._access.check(environ) if asks else ""
             if predicts:
                 self._admission.look(client)
         except errors.Problem as exc:
