@@ -3,7 +3,6 @@
 Pictures are never logged, nor anything of their content but the answer's label.
 """
 
-import contextlib
 import logging
 import logging.config
 import os
@@ -68,12 +67,18 @@ class Later:
     def _run(self) -> None:
         while True:
             time.sleep(0.25)
-            self.flush()
+            try:
+                self.flush()
+            except Exception:  # or nothing would be counted any more, and what is to do pile up
+                log.exception("not counted or not logged")
 
     def flush(self) -> None:
-        with contextlib.suppress(IndexError):  # several threads may do it
-            while True:
-                self._todo.popleft()()
+        while self._todo:
+            try:
+                do = self._todo.popleft()
+            except IndexError:  # another thread did it
+                return
+            do()
 
 
 later = Later()
