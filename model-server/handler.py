@@ -117,7 +117,7 @@ def _chunks(items: Sequence[Pixels], most: int) -> Iterator[Pixels]:
 
 
 def onnx_runner(folder: Path) -> golden.Run:
-    """ONNX Runtime on CPU: twice what eager PyTorch gives (see README, Speed)."""
+    """ONNX Runtime on CPU: twice what eager PyTorch gives (see README, How fast)."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
