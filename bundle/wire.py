@@ -76,7 +76,7 @@ def has_pixels(request: Mapping[str, bytes | bytearray]) -> bool:
 
 def pack(answer: Answer) -> bytes:
     """logits of one picture may be [C]."""
-    logits = np.zeros((0, 0), "<f4") if answer.logits is None else np.ascontiguousarray(answer.logits, "<f4")
+    logits = np.zeros(0, "<f4") if answer.logits is None else np.ascontiguousarray(answer.logits, "<f4")
     header: dict[str, object] = {"status": answer.status, "digest": answer.digest}
     header |= {"logits": logits.nbytes, "manifest": len(answer.manifest)}
     if logits.ndim == 2 and len(logits) != 1:
@@ -105,12 +105,8 @@ def unpack(frame: bytes) -> Answer:
             raise ValueError(f"status {status!r}, digest {digest!r}, error {error!r}")
         if size < 0 or size % 4 or rest < 0 or start + size + rest != len(frame):
             raise ValueError(f"{start} + {size} bytes of logits + {rest} of manifest are not {len(frame)}")
-        if (
-            not isinstance(rows, int)
-            or not isinstance(beside, int)
-            or beside < 0
-            or not set(failed) <= set(range(rows))
-        ):
+        fits = isinstance(rows, int) and isinstance(beside, int) and beside >= 0
+        if not fits or not all(0 <= i < rows for i in failed):
             raise ValueError(f"count {rows!r}, failed {sorted(failed)}, beside {beside!r}")
         logits = np.frombuffer(frame, "<f4", size // 4, start).reshape(rows, -1) if status == "ok" else None
         return Answer(status, digest, logits, frame[start + size :], error, failed, beside)

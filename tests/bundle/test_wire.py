@@ -69,6 +69,7 @@ def test_a_frame_cut_anywhere_is_refused() -> None:
         {"logits": 10**400},
         {"manifest": -1},
         {"count": 3},
+        {"count": 10**12, "failed": {"1": "why"}},  # without taking memory for so many
         {"count": 0},
         {"count": "1"},
         {"failed": {"1": "why"}},
