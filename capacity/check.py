@@ -54,7 +54,7 @@ def height(pods: Pods, tiers: Sequence[Tier]) -> float:
     grows = {}
     for tier in tiers:
         replica = pods.replicas[tier.name]
-        target = (tier.scaling.utilization * tier.request / 100 or tier.scaling.value / 1e3) * (1 + Flags.tolerance)
+        target = tier.target * (1 + Flags.tolerance)
         grows[tier.name] = tier.scaling.least * max(0.0, target - replica.idle_cores) * _images(replica)
     told = ", ".join(f"the {name} grows beyond {rate:.0f} images/s" for name, rate in grows.items())
     print(f"{told}; the node answers {pods.able:.0f}", flush=True)

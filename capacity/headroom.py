@@ -28,7 +28,7 @@ def limits(tiers: Sequence[Tier]) -> Limits:
     """What the gateway of these manifests admits, and the model server's queue."""
     by_name = {tier.name: tier for tier in tiers}
     gateway = Settings.from_environment(by_name["gateway"].settings)
-    processes = gateway.processes or max(1, int(by_name["gateway"].limit))
+    processes = gateway.processes_on(max(1, int(by_name["gateway"].limit)))
     queue = float(by_name["model-server"].settings.get("QUEUE_SIZE", QUEUE))
     return Limits(processes * gateway.in_flight, processes * LEAST, gateway.late_seconds, queue)
 
@@ -65,8 +65,7 @@ def grows(tiers: Sequence[Tier], measured: Measured, share: float) -> bool:
             return False
         scaling = dataclasses.replace(tier.scaling, least=2, most=1000, utilization=percent, value=0)
         pairs.append((dataclasses.replace(tier, request=float(replica.cpus), scaling=scaling), replica))
-        rates = np.linspace(0, replica.saturated, 500)
-        keep.append(max(rate for rate in rates if replica.cores(rate) <= percent / 100 * replica.cpus or not rate))
+        keep.append(replica.rate(percent / 100 * replica.cpus))
     seconds = np.arange(SETTLED + TIMES * DOUBLING)
     load = 2 * min(keep) * 2 ** (np.maximum(0, seconds - SETTLED) / DOUBLING)
     for scrape, look in MOMENTS:

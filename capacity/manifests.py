@@ -39,6 +39,11 @@ class Tier:
     scaling: Scaling
     container: str = ""  # that the HPA looks at; "": the whole pod
 
+    @property
+    def target(self) -> float:
+        """CPUs of a pod's that its HPA aims at."""
+        return self.scaling.utilization * self.request / 100 or self.scaling.value / 1e3
+
 
 def render(folder: Path, components: Sequence[Path] = ()) -> list[Object]:
     """The objects of a kustomization, with components on top. Raises SystemExit that says what kustomize said."""

@@ -72,6 +72,11 @@ class Replica:
         """CPUs it takes at that rate, between and at the measured ones; no more than saturated."""
         return float(np.interp(rate, *self._used))
 
+    def rate(self, cores: float) -> float:
+        """The highest rate, to a 500th of what saturates, that takes no more CPUs than that; 0 where none does."""
+        rates = np.linspace(0, self.saturated, 500)
+        return float(max(rate for rate in rates if self.cores(rate) <= cores or not rate))
+
     @cached_property
     def latencies(self) -> "Latencies":
         good = [step for step in self.steps if not step.failed and not step.refused and step.rate < self.saturated]

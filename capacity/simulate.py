@@ -80,11 +80,7 @@ def enough(tiers: Sequence[Tier], measured: Measured, peak: float) -> tuple[Tier
     found = []
     for tier in tiers:
         replica, scaling = measured.replica(tier.name), tier.scaling
-        target = scaling.utilization * tier.request / 100 or scaling.value / 1e3
-        keeps = max(
-            rate for rate in np.linspace(0, replica.saturated, 500) if replica.cores(rate) <= target or not rate
-        )
-        most = max(scaling.most, math.ceil(1.5 * peak / max(keeps, 1e-3 * replica.saturated)))
+        most = max(scaling.most, math.ceil(1.5 * peak / max(replica.rate(tier.target), 1e-3 * replica.saturated)))
         found.append(dataclasses.replace(tier, scaling=dataclasses.replace(scaling, most=most)))
     return tuple(found)
 

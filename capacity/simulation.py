@@ -292,9 +292,8 @@ def simulate(
 def settled(tier: Tier, replica: Replica, rate: float) -> int:
     """Replicas that the HPA keeps under a steady load."""
     scaling = tier.scaling
-    target = scaling.utilization * tier.request / 100 or scaling.value / 1e3
     for count in range(max(1, scaling.least), scaling.most):
-        if replica.cores(rate / count) <= target:
+        if replica.cores(rate / count) <= tier.target:
             return count
     return scaling.most
 

@@ -69,4 +69,8 @@ class Settings:
 
     @property
     def worker_processes(self) -> int:
-        return self.processes or (whole_cpus() + 1) // 2
+        return self.processes_on(whole_cpus())
+
+    def processes_on(self, cpus: int) -> int:
+        """Worker processes of a gateway that has so many CPUs."""
+        return self.processes or (cpus + 1) // 2
