@@ -19,7 +19,7 @@ import selectors
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -88,13 +88,16 @@ class Generator:
 
     def open(self, rate: float, seconds: float) -> None:
         """`rate` calls a second, evenly; then waits for the answers that are missing."""
+        self.at(i / rate for i in range(round(rate * seconds)))
+
+    def at(self, times: Iterable[float]) -> None:
+        """Calls at these seconds from now, in order; then waits for the answers that are missing."""
         self._begin()
         self._until, self._keep = 0.0, False
-        total = round(rate * seconds)
-        for i in range(total):
-            while (wait := i / rate - self._now()) > 0:
+        for due in times:
+            while (wait := due - self._now()) > 0:
                 self._turn(min(wait, 0.1))
-            self._call(i / rate, None)
+            self._call(due, None)
             self._turn(0)
         while self._running:
             self._turn(0.1)
@@ -239,6 +242,12 @@ def complete(answer: bytes | bytearray, ended: bool) -> tuple[int, bool] | None:
     return (status, keep) if done else None
 
 
+def write(log: Path, rows: Iterable[Row]) -> None:
+    """A row a call, as bench.figures reads them: due, seconds, status, kind."""
+    with log.open("w") as file:
+        file.writelines(f"{row.due:.6f}\t{row.seconds:.6f}\t{row.status}\t{row.kind}\n" for row in rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.load", description=__doc__)
     parser.add_argument("url")
@@ -271,8 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         generator.open(args.rate, args.seconds)
     cpu = time.process_time() - before
-    with args.log.open("w") as log:
-        log.writelines(f"{row.due:.6f}\t{row.seconds:.6f}\t{row.status}\t{row.kind}\n" for row in generator.rows)
+    write(args.log, generator.rows)
     print(json.dumps({"cpu_seconds": cpu, "calls": len(generator.rows)}))
 
 

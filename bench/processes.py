@@ -4,6 +4,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -88,7 +89,15 @@ def prefer(processes: Iterable[psutil.Process]) -> bool:
 
 def busy() -> float:
     """CPU seconds of the whole machine that were not idle, so far; what a host took away (steal) among them."""
-    times = psutil.cpu_times()
+    return _not_idle(psutil.cpu_times())
+
+
+def busy_each() -> list[float]:
+    """The same of each CPU."""
+    return [_not_idle(times) for times in psutil.cpu_times(percpu=True)]
+
+
+def _not_idle(times: Any) -> float:
     return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal)
 
 

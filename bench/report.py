@@ -271,14 +271,19 @@ def write(book: Book, folder: Path) -> None:
     (folder / "report.html").write_text(page(book))
 
 
-def page(book: Book) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+def templates(folder: Path) -> jinja2.Environment:
+    """Pages of that folder: text is escaped, and what is missing fails."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def page(book: Book) -> str:
+    environment = templates(Path(__file__).parent)
     environment.filters |= {"number": _number, "range": _range}
     required = bounds(book)
     compared = comparisons(book)

@@ -12,14 +12,14 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.load import GOOD, LOST, TIMED_OUT, Generator, Row
+from bench.load import GOOD, LOST, TIMED_OUT, Generator, Row, write
 from bundle.golden import draw
 from bundle.manifest import Manifest
 from bundle.manifest import read as read_bundle
@@ -46,22 +46,6 @@ def arrivals(knots: Knots, seed: int) -> Floats:
     return seconds
 
 
-class Crowd(Generator):
-    """bench.load's generator, at any times."""
-
-    def at(self, times: Floats) -> None:
-        """Calls at these seconds from now; then waits for the answers that are missing."""
-        self._begin()
-        self._until, self._keep = 0.0, False
-        for due in times.tolist():
-            while (wait := due - self._now()) > 0:
-                self._turn(min(wait, 0.1))
-            self._call(due, None)
-            self._turn(0)
-        while self._running:
-            self._turn(0.1)
-
-
 class Decoded(Model):
     """A gateway's model, for pictures that are pixels already."""
 
@@ -86,11 +70,11 @@ class Gateway:
                 return
             time.sleep(0.02)
 
-    def at(self, times: Floats) -> None:
-        """As Crowd's."""
+    def at(self, times: Iterable[float]) -> None:
+        """As bench.load's."""
         start = time.perf_counter()
         with ThreadPoolExecutor(MOST) as threads:
-            for due in times.tolist():
+            for due in times:
                 while (wait := due - (time.perf_counter() - start)) > 0:
                     time.sleep(wait)
                 threads.submit(self._call, start, due)
@@ -147,11 +131,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--say", action="store_true", help="print the Unix seconds when the first call could be due")
     parser.add_argument("--log", type=Path, help="a row a call: due, seconds, status, kind")
     args = parser.parse_args(arguments)
-    load: Crowd | Gateway
+    load: Generator | Gateway
     if args.http:
         if not args.bodies:
             parser.error("--http needs --bodies: pictures to send")
-        load = Crowd(args.http, [path.read_bytes() for path in args.bodies])
+        load = Generator(args.http, [path.read_bytes() for path in args.bodies])
     else:
         if not args.bundle:
             parser.error("--grpc needs --bundle: what the model server serves")
@@ -165,10 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.clients:
         load.closed(args.clients, args.seconds)
     else:
-        load.at(arrivals(args.rate, args.seed))
+        load.at(arrivals(args.rate, args.seed).tolist())
     if args.log:
-        lines = (f"{row.due:.6f}\t{row.seconds:.6f}\t{row.status}\t{row.kind}\n" for row in load.rows)
-        args.log.write_text("".join(lines))
+        write(args.log, load.rows)
 
 
 if __name__ == "__main__":

@@ -134,4 +134,4 @@ def line(step: Step) -> str:
 
 def _busy() -> Floats:
     """CPU seconds of each CPU that were not idle, so far."""
-    return np.array([t.user + t.nice + t.system + t.irq + t.softirq + t.steal for t in psutil.cpu_times(percpu=True)])
+    return np.array(processes.busy_each())

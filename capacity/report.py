@@ -6,9 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 
+from bench.report import templates
 from capacity.hpa import Flags
 from capacity.manifests import Tier
 from capacity.measured import Floats, Measured
@@ -71,20 +71,17 @@ def notes(measured: Measured, tiers: Sequence[Tier], price: "Price", timing: Tim
 
 
 def page(runs: Sequence[Run], told: Sequence[str], measured: Measured) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
-        runs=[{"run": run, "charts": charts(run, measured.objective_ms)} for run in runs],
-        notes=told,
-        objective=measured.objective_ms,
-        width=WIDTH,
-        height=HEIGHT,
-        left=LEFT,
+    return (
+        templates(Path(__file__).parent)
+        .get_template("report.html.j2")
+        .render(
+            runs=[{"run": run, "charts": charts(run, measured.objective_ms)} for run in runs],
+            notes=told,
+            objective=measured.objective_ms,
+            width=WIDTH,
+            height=HEIGHT,
+            left=LEFT,
+        )
     )
 
 

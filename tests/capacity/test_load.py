@@ -15,8 +15,8 @@ from fake_torchserve import FakeTorchServe
 from tiny import tiny_bundle
 
 from bench import figures
-from bench.load import TIMED_OUT
-from capacity.load import Crowd, Gateway, arrivals, knots
+from bench.load import TIMED_OUT, Generator
+from capacity.load import Gateway, arrivals, knots
 from local.processes import ROOT, environment
 
 
@@ -77,7 +77,7 @@ def server():
 
 def test_calls_come_when_they_are_due(server):
     times = arrivals([(0, 60), (1.5, 60)], seed=5)
-    crowd = Crowd(server, [b"picture"])
+    crowd = Generator(server, [b"picture"])
     crowd.at(times)
     assert sorted(row.due for row in crowd.rows) == pytest.approx(times.tolist())
     assert {row.status for row in crowd.rows} == {200}
