@@ -33,23 +33,25 @@ class Server(BaseApplication):  # type: ignore[misc]
             "worker_tmp_dir": str(self.shared),
             "logconfig_dict": LOGGING,
             "child_exit": _forget,
-            "post_worker_init": lambda _: _telemetry().later.begin(),
-            "worker_exit": lambda _, __: _telemetry().later.flush(),
+            "worker_exit": _tell_the_rest,
             "control_socket_disable": True,
         }
         for key, value in options.items():
             self.cfg.set(key, value)
 
     def load(self) -> Any:
+        """In each worker process."""
         from gateway.app import create_app
+        from gateway.telemetry import later
 
+        later.begin()
         return create_app(self.settings, self.shared / "ready")
 
 
-def _telemetry() -> Any:
-    from gateway import telemetry
+def _tell_the_rest(_: Any, __: Any) -> None:
+    from gateway.telemetry import later
 
-    return telemetry
+    later.flush()
 
 
 def _forget(_: Any, worker: Any) -> None:

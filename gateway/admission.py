@@ -4,7 +4,7 @@ Under more load than there is capacity for, waiting only makes every answer late
 the latency that is measured: it grows by one for every full round of answers in time and shrinks by a tenth
 when one is late, at most once in the time that an answer may take (additive increase, multiplicative decrease:
 D. Chiu and R. Jain, Analysis of the increase and decrease algorithms for congestion avoidance, 1989; as a limit
-of concurrency: AIMDLimit of Netflix's concurrency-limits). The rest is refused at once, before it is read.
+of concurrency: AIMDLimit of Netflix's concurrency-limits). The rest is refused at once, before it is parsed.
 """
 
 import math

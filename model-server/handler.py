@@ -45,10 +45,11 @@ class Model:
         """One frame for every request, in order. waited: for this worker, that is, and not for one another."""
         answers: list[wire.Answer | None] = [self._without_running(request) for request in requests]
         waiting = [i for i, answer in enumerate(answers) if answer is None]
-        logits, failed = self._run([self._pixels(requests[i]) for i in waiting])
+        items = [np.frombuffer(requests[i][self.key], np.uint8).reshape(-1, *self.shape) for i in waiting]
+        logits, failed = self._run(items)
         start = 0
-        for i in waiting:
-            end = start + wire.count(requests[i])
+        for i, pixels in zip(waiting, items, strict=True):
+            end = start + len(pixels)
             whys = {at - start: why for at, why in failed.items() if start <= at < end}
             if end - start == 1 and whys:
                 answers[i] = self._frame(requests[i], "error", error=whys[0])
@@ -60,10 +61,10 @@ class Model:
 
     def _without_running(self, request: Request) -> wire.Answer | None:
         if self.key in request:
-            count, found = wire.count(request), len(request[self.key])
-            if found == count * int(np.prod(self.shape)) > 0:
+            count, found, each = wire.count(request), len(request[self.key]), int(np.prod(self.shape))
+            if found == count * each > 0:
                 return None
-            expected = f"{int(np.prod(self.shape))} for each {self.shape} of 1 to {wire.MOST}"
+            expected = f"{each} for each {self.shape} of 1 to {wire.MOST}"
             return self._frame(request, "error", error=f"{found} bytes of pixels for {count}, not {expected}")
         return self._frame(request, "mismatch" if wire.has_pixels(request) else "manifest")
 
@@ -78,9 +79,6 @@ class Model:
         digest = self.manifest.digest
         sent = b"" if digest in wire.known(request) else self.manifest_json
         return wire.Answer(status, digest, logits, sent, error, failed or {})
-
-    def _pixels(self, request: Request) -> Pixels:
-        return np.frombuffer(request[self.key], np.uint8).reshape(-1, *self.shape)
 
     def _run(self, items: Sequence[Pixels]) -> tuple[NDArray[np.float32], dict[int, str]]:
         """Pictures [N, H, W, 3] each -> logits [sum of N, C], and why some of them mean nothing."""
