@@ -59,7 +59,7 @@ class Gateway:
     def __init__(self, target: str, manifest: Manifest) -> None:
         resize = manifest.input.resize
         self._pixels = [picture.tobytes() for picture in draw(8, resize.height, resize.width, seed=5)]
-        self._model = Decoded(manifest.name, Client(target, MOST), threading.Semaphore(MOST), 0)
+        self._model = Decoded(manifest.name, Client(target, MOST), ThreadPoolExecutor(), 0)
         self._number, self.rows = itertools.count(), list[Row]()
 
     def first_answer(self) -> None:

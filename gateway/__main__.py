@@ -32,6 +32,7 @@ class Server(BaseApplication):  # type: ignore[misc]
             "keepalive": 620,
             "worker_tmp_dir": str(self.shared),
             "logconfig_dict": LOGGING,
+            "logger_class": "gateway.worker.Log",
             "child_exit": _forget,
             "worker_exit": _tell_the_rest,
             "control_socket_disable": True,

@@ -29,31 +29,34 @@ class Admission:
         self._total, self._shrunk, self._seconds = 0, -math.inf, 0.0
         self._lock = threading.Lock()
 
-    def look(self, client: str) -> None:
-        """Raises what `enter` would."""
+    def look(self, client: str) -> Overloaded | None:
+        """Why there is no place."""
         with self._lock:
-            self._check(client)
+            return self._check(client)
 
-    def enter(self, client: str) -> "Place":
-        """A place, to be left again. Raises Overloaded.
+    def enter(self, client: str) -> "Place | Overloaded":
+        """A place, to be left again, or why there is none. It is not raised: an error that was raised keeps all that
+        its frames hold until the garbage collector comes by, a hundred thousand times a minute.
 
         Where all are taken, a client that holds less than its share still gets in, so that one with hundreds
         of calls does not shut out one with a single call; half as many as the limit are let in above it.
         """
         with self._lock:
-            self._check(client)
+            if refused := self._check(client):
+                return refused
             self._take(client, 1)
         return Place(self, client)
 
-    def _check(self, client: str) -> None:
+    def _check(self, client: str) -> Overloaded | None:
         if self._total >= self.limit:
             share = self.limit / (len(self._held) + (client not in self._held))
             if self._held[client] + 1 > share or self._total >= 1.5 * self.limit:
                 # About when what is here now will have been answered.
-                raise Overloaded(
+                return Overloaded(
                     "more pictures are waiting than can be answered in time: try again soon",
                     retry_after=max(1, math.ceil(self._seconds)),
                 )
+        return None
 
     def _take(self, client: str, count: int) -> None:
         self._held[client] += count

@@ -2,8 +2,11 @@
 
 import base64
 import binascii
+import contextlib
 import functools
+import os
 import re
+import sys
 import threading
 import time
 import uuid
@@ -62,7 +65,8 @@ class Gateway:
             canary = self._client(settings.canary)
             client = Split(main, canary, settings.canary_share, telemetry.CANARY_FAILURES.inc)
         self.admission = Admission(settings.in_flight, settings.late_seconds)
-        decoding = threading.Semaphore(max(1, whole_cpus() // settings.worker_processes))
+        # More decoders than CPUs would only hold more memory.
+        decoding = ThreadPoolExecutor(max(1, whole_cpus() // settings.worker_processes), "decode", _stand_back)
         self.models = {
             name: Model(name, client, decoding, settings.max_pixels, settings.model_seconds) for name in settings.models
         }
@@ -84,7 +88,7 @@ class Gateway:
         if isinstance(problem, errors.Overloaded):
             self._overloads += 1
             if time.monotonic() - self._told < 1:
-                telemetry.later(lambda: telemetry.answered(0, "refused", problem.status, {}, {}))
+                telemetry.refused()
                 return _response(problem, request_id)
             fields |= {"refused": self._overloads}
             self._overloads, self._told = 0, time.monotonic()
@@ -284,6 +288,13 @@ def _info(model: Model) -> dict[str, Any]:
 def _gateway() -> Gateway:
     gateway: Gateway = current_app.extensions["gateway"]
     return gateway
+
+
+def _stand_back() -> None:
+    """Decoding yields the CPU to those of the process's threads that have a little to do, like refusing."""
+    with contextlib.suppress(OSError):
+        if sys.platform == "linux":  # where a thread has a priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + 5)
 
 
 def _json(answer: schemas.Prediction | schemas.PredictResponse) -> Response:

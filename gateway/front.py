@@ -15,6 +15,7 @@ from typing import Any
 from gateway import errors
 from gateway.access import Access
 from gateway.admission import Admission
+from gateway.turn import turn
 
 PLACE = "kennel.place"  # environ: this request's Place
 READ_SECONDS = "kennel.read_seconds"  # environ: how long reading took
@@ -54,18 +55,20 @@ class Front:
         client, place, problem = "", None, None
         try:
             client = self._access.check(environ) if asks else ""
-            if predicts:
-                self._admission.look(client)
         except errors.Problem as exc:
-            problem = exc
+            problem = exc.with_traceback(None)  # which has this frame, and would keep all that it holds
+        if predicts:
+            problem = problem or self._admission.look(client)
         held: list[int] = []
         try:
-            try:
-                body = self._read(environ, held, problem)
-                if predicts:  # not before: who sends slowly would hold a place
-                    environ[PLACE] = place = self._admission.enter(client)
-            except errors.Problem as exc:
-                return self._problem(exc, environ, started)(environ, start_response)
+            body, problem = self._read(environ, held, problem)
+            if predicts and not problem:  # not before: who sends slowly would hold a place
+                entered = self._admission.enter(client)
+                place, problem = (None, entered) if isinstance(entered, errors.Problem) else (entered, None)
+            if problem:
+                return self._problem(problem, environ, started)(environ, start_response)
+            turn.leave()
+            environ[PLACE] = place
             environ[READ_SECONDS] = time.perf_counter() - started
             environ["wsgi.input"] = BytesIO(body)
             environ["CONTENT_LENGTH"] = str(len(body))
@@ -77,9 +80,11 @@ class Front:
             with self._lock:
                 self._held -= sum(held)
 
-    def _read(self, environ: Environ, held: list[int], problem: errors.Problem | None) -> bytes:
+    def _read(
+        self, environ: Environ, held: list[int], problem: errors.Problem | None
+    ) -> tuple[bytes, errors.Problem | None]:
         """The body; its bytes are held, and `held` has how many. Where there is a problem already, or one turns up,
-        it is raised after the rest was read and thrown away.
+        the rest is read and thrown away.
         """
         stream, announced, chunks, read = environ["wsgi.input"], _announced(environ), [], 0
         while announced is None or read < announced:
@@ -97,9 +102,7 @@ class Front:
             chunks.clear()
             if read > DRAINED:
                 break
-        if problem is not None:
-            raise problem
-        return b"".join(chunks)
+        return b"".join(chunks), problem
 
     def _hold(self, size: int, total: int, held: list[int]) -> errors.Problem | None:
         if total > self._limit:

@@ -70,6 +70,7 @@ class Join:
                 raise TimedOut(SLOW)
         if asked.together:
             self._lead(asked.together)
+            asked.together = None  # it is in there itself: a circle, with all their pixels
         if isinstance(asked.outcome, BaseException):
             raise copy.copy(asked.outcome) from asked.outcome  # several threads raise it
         return asked.outcome

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -30,7 +31,7 @@ class Model:
     """One model's name and the manifests that its servers have answered with."""
 
     def __init__(
-        self, name: str, client: Client | Split, decoding: threading.Semaphore, max_pixels: int, seconds: float = 1.5
+        self, name: str, client: Client | Split, decoding: Executor, max_pixels: int, seconds: float = 1.5
     ) -> None:
         """seconds: that a picture may wait for its call to the model server."""
         self.name = name
@@ -91,17 +92,21 @@ class Model:
         return manifest, logits
 
     def _pixels(self, data: bytes, manifest: Manifest, deadline: float, wanted: Callable[[], bool]) -> bytes:
-        # More decoders than CPUs would only hold more memory.
-        if not self._decoding.acquire(timeout=max(0, deadline - time.monotonic())):
-            raise errors.Overloaded("more pictures are waiting to be decoded than may wait: try again soon")
-        try:
+        def decode() -> bytes:
             if not wanted():
                 raise errors.Abandoned
             return picture.load(data, manifest.input.resize, self._max_pixels).tobytes()
+
+        decoded = self._decoding.submit(decode)
+        try:
+            return decoded.result(max(0, deadline - time.monotonic()))
+        except TimeoutError:
+            decoded.cancel()
+            raise errors.Overloaded("more pictures are waiting to be decoded than may wait: try again soon") from None
         except picture.PictureError as exc:
             raise errors.of_picture(exc) from exc
         finally:
-            self._decoding.release()
+            del decoded  # or its error, this frame and the picture would hold each other
 
     def _together(self, asked: Sequence[Asked]) -> tuple[list[Any], int]:
         """One call for pictures of one contract -> manifest and logits of each; none where another version answered."""

@@ -115,6 +115,28 @@ def answered(at: float, route: str, status: int, milliseconds: dict[str, float],
         log.handle(record)
 
 
+class Refused:
+    """Counts those that are alike together, a thousand a second of them."""
+
+    def __init__(self) -> None:
+        self._lock, self._uncounted = threading.Lock(), 0
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._uncounted += 1
+            first = self._uncounted == 1
+        if first:
+            later(self._count)
+
+    def _count(self) -> None:
+        with self._lock:
+            uncounted, self._uncounted = self._uncounted, 0
+        REQUESTS.labels("refused", 503).inc(uncounted)
+
+
+refused = Refused()
+
+
 def exposition() -> bytes:
     """The text that Prometheus scrapes."""
     later.flush()

@@ -1,32 +1,167 @@
-"""gunicorn's threaded worker, with what its main thread does for each request made less."""
+"""gunicorn's threaded worker, made to answer and refuse with fewer threads handing things to each other.
 
+gunicorn's main thread accepts a connection, hands it to a thread, is told when that has answered, waits for the next
+request and hands it on again. Here a thread of the pool accepts, reads, refuses and closes, one connection after the
+other, until a request is let in; then another thread takes that over.
+"""
+
+import array
+import contextlib
+import fcntl
+import re
 import select
+import selectors
+import socket
+import termios
+import threading
+import time
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from gunicorn import util
-from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.glogging import Logger
+from gunicorn.workers import gthread
 
-STAY = 2  # milliseconds after an answer; a client in a loop, or a proxy under load, is back within one
+from gateway.turn import turn
+
+STAY = 20  # milliseconds for what comes next; a client in a loop, or a proxy under load, is back by then
+SILENT = 2  # milliseconds for a new connection's first bytes, which mostly come with it
 LINGER = 0.5  # seconds for a client to close its side first; what it sent has been read by then
+HEAD = 4096  # bytes of a request that are looked at
+LENGTH = re.compile(rb"\r\ncontent-length: *(\d{1,9}) *\r\n", re.IGNORECASE)
+CHUNKED = re.compile(rb"\r\ntransfer-encoding:", re.IGNORECASE)
 
 
-class Worker(ThreadWorker):  # type: ignore[misc]
+class Log(Logger):  # type: ignore[misc]
+    """gunicorn's own log without a line a request, which it would put together for nobody: gateway.telemetry has it."""
+
+    def access(self, *_: Any) -> None:
+        pass
+
+
+class Worker(gthread.ThreadWorker):  # type: ignore[misc]
+    def init_process(self) -> None:
+        self._guard, self._leaders = threading.Lock(), 0
+        super().init_process()
+
+    def accept(self, listener: Any) -> None:
+        """On the main thread: a thread of the pool takes the listener, and with it all that waits there."""
+        self.poller.unregister(listener)
+        with self._guard:
+            self.nr_conns += not self._leaders  # one for all of them: the worker does not end before they do
+            self._leaders += 1
+        self.tpool.submit(self._lead, listener)
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        """As gunicorn's; but a listener that a thread has is not here to be taken away."""
+        self._accepting = enabled
+        for listener in self.sockets:
+            listener.setblocking(False)
+            if enabled:
+                self._watch(listener)
+            elif listener in self.poller.get_map():
+                self.poller.unregister(listener)
+
     def handle(self, conn: Any) -> Any:
-        """As gunicorn's: whether the connection is kept.
+        try:
+            return self._serve(conn, _whole(conn.sock))
+        finally:
+            turn.leave()
 
-        A request that has come with its connection needs no selector to wait for it. Where the next one follows at
-        once, the same thread answers it, instead of the main thread taking the socket back and handing it out again.
-        And a connection that ends is closed here: the main thread would wait for each client to close its side, for
-        two seconds at most, and meanwhile serve nobody.
+    def _pass_on(self, listener: Any) -> None:
+        with self._guard:
+            self._leaders += 1
+        self.tpool.submit(self._lead, listener)
+
+    def _lead(self, listener: Any) -> None:
+        turn.lead(partial(self._pass_on, listener))
+        try:
+            while turn.leads and self.alive and (conn := self._accepted(listener)):
+                whole = _whole(conn.sock)
+                comes = whole or _readable(conn.sock, SILENT)
+                if kept := self._serve(conn, whole) if comes else gthread._DEFER:
+                    self.method_queue.defer(self._adopt, conn, kept)
+            if turn.leads:
+                turn.leave(passing=False)
+                self.method_queue.defer(self._watch, listener)
+        finally:
+            turn.leave()
+            with self._guard:
+                self._leaders -= 1
+                if not self._leaders:
+                    self.method_queue.defer(self._led)
+
+    def _serve(self, conn: Any, whole: bool) -> Any:
+        """As gunicorn's `handle`: whether the connection is kept. whole: its request has come to its end.
+
+        Where the next request follows at once, the same thread answers it. And a connection that ends is closed here:
+        the main thread would wait for each client to close its side, for two seconds at most, and meanwhile serve
+        nobody.
         """
-        conn.data_ready = conn.data_ready or _readable(conn.sock, 0)
-        kept = super().handle(conn)
-        while kept is True and self.alive and not conn.parser.unreader.buf.getvalue() and _readable(conn.sock, STAY):
+        while True:
+            if whole:
+                conn.data_ready = True
+                turn.take()
+            else:
+                turn.leave()
             kept = super().handle(conn)
+            turn.give()
+            if kept is not True or not self.alive or conn.parser.unreader.buf.getvalue():
+                break
+            turn.leave()
+            if not _readable(conn.sock, STAY):
+                break
+            whole = _whole(conn.sock)
         if not kept:
-            util.close_graceful(conn.sock, LINGER)
+            # With nothing of the request left to come, closing cannot cut off the answer.
+            if conn.parser and conn.parser.finish_body(deadline=time.monotonic() + 0.001):
+                util.close(conn.sock)
+            else:
+                turn.leave()
+                util.close_graceful(conn.sock, LINGER)
             conn.close = lambda graceful=False: None
         return kept
+
+    def _accepted(self, listener: Any) -> Any:
+        """The next connection, or None where there is none for a while."""
+        for wait in (0, STAY):
+            if wait and not _readable(listener, wait):
+                return None
+            with contextlib.suppress(OSError):  # another process has taken it, or it is gone
+                sock, address = listener.accept()
+                return gthread.TConn(self.cfg, sock, address, listener.getsockname())
+        return None
+
+    def _watch(self, listener: Any) -> None:
+        if self._accepting and listener not in self.poller.get_map():
+            self.poller.register(listener, selectors.EVENT_READ, self.accept)
+
+    def _adopt(self, conn: Any, kept: Any) -> None:
+        """A connection that a leader kept is from here on the main thread's, as if that had accepted it."""
+        self.nr_conns += 1
+        done: Future[Any] = Future()
+        done.set_result(kept)
+        self.finish_request(conn, done)
+
+    def _led(self) -> None:
+        self.nr_conns -= 1
+
+
+def _whole(sock: Any) -> bool:
+    """Whether a request has come to its end, so that reading it does not wait. False where that is not easily seen."""
+    try:
+        head = sock.recv(HEAD, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except OSError:
+        return False
+    end = head.find(b"\r\n\r\n")
+    if end < 0 or CHUNKED.search(head, 0, end + 2):
+        return False
+    length = LENGTH.search(head, 0, end + 2)
+    come = array.array("i", [0])
+    fcntl.ioctl(sock, termios.FIONREAD, come)
+    needed: int = end + 4 + (int(length[1]) if length else 0)
+    return bool(come[0] >= needed)
 
 
 def _readable(sock: Any, milliseconds: int) -> bool:

@@ -1,5 +1,6 @@
 """What is refused before Flask, what it costs, and what is left behind."""
 
+import gc
 import io
 import socket
 
@@ -8,7 +9,7 @@ from tiny import picture
 
 from gateway import front
 from gateway.access import Access
-from gateway.admission import Admission
+from gateway.admission import Admission, Place
 from gateway.app import create_app
 from gateway.front import Front
 from gateway.settings import Settings
@@ -99,7 +100,7 @@ def test_a_place_and_its_bytes_come_back_whatever_the_app_does():
     for _ in range(3):
         with pytest.raises(RuntimeError):
             app(environ(b"x" * 900), None)
-    assert (app._held, admission.enter("another") is not None) == (0, True)
+    assert (app._held, type(admission.enter("another"))) == (0, Place)
 
 
 def test_reading_takes_no_place():
@@ -131,3 +132,35 @@ def test_nothing_is_decoded_or_asked_for_a_client_that_hung_up(torchserve, tiny)
     assert not torchserve.calls
     ours.close()
     assert client.post("/predict", data=picture("red"), environ_overrides=there).status_code == 499
+
+
+def test_neither_an_answer_nor_a_refusal_leaves_anything_to_the_garbage_collector(torchserve, tiny):
+    """Circles of them held pictures until it came by, and at a thousand refusals a second it came by all the time."""
+    torchserve.models["tiny"] = tiny["1"]
+    app = create_app(Settings(models=("tiny",), model_server=torchserve.target, in_flight=1))
+    client = app.test_client()
+    admission = app.extensions["gateway"].admission
+
+    def left(status):
+        ask = lambda: client.post("/predict", data=picture("red"))  # noqa: E731
+        assert ask().status_code == status
+        gc.collect()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            assert ask().status_code == status
+            gc.collect()
+            return {type(thing).__name__ for thing in gc.garbage} & {
+                "frame",
+                "traceback",
+                "Asked",
+                "Overloaded",
+                "Place",
+            }
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+
+    assert left(200) == set()
+    place = admission.enter("10.0.0.1")
+    assert left(503) == set()
+    place.leave()

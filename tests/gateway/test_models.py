@@ -1,6 +1,5 @@
 """Which manifest names which answer, while servers change behind the gateway."""
 
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from gateway.models import Model
 
 
 def gateway_model(torchserve):
-    return Model("tiny", Client(torchserve.target, 8), threading.Semaphore(2), 10_000_000)
+    return Model("tiny", Client(torchserve.target, 8), ThreadPoolExecutor(2), 10_000_000)
 
 
 def ask(model, colour):

@@ -1,0 +1,104 @@
+"""What clients do with their connections: slow ones keep nobody waiting, none loses an answer."""
+
+import contextlib
+import socket
+import time
+
+import pytest
+import requests
+from tiny import picture
+
+PICTURE = picture("red", 300, 200, "JPEG")
+
+
+@contextlib.contextmanager
+def connections(gateway, count):
+    host, port = gateway.url.removeprefix("http://").split(":")
+    socks = [socket.create_connection((host, int(port)), 10) for _ in range(count)]
+    try:
+        yield socks
+    finally:
+        for sock in socks:
+            sock.close()
+
+
+def request(body=PICTURE, **headers):
+    lines = {"Host": "kennel", "Content-Type": "image/jpeg", "Content-Length": len(body)} | headers
+    head = "".join(f"{key}: {value}\r\n" for key, value in lines.items() if value is not None)
+    return f"POST /predict?model=tiny HTTP/1.1\r\n{head}\r\n".encode() + body
+
+
+def answers(sock, count):
+    """Statuses and bodies of so many answers on one connection."""
+    with sock.makefile("rb") as file:
+        for _ in range(count):
+            status = int(file.readline().split()[1])
+            length = 0
+            while (line := file.readline()) != b"\r\n":
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line.split(b":")[1])
+            yield status, file.read(length)
+
+
+def quickly(gateway):
+    """A good answer, in seconds."""
+    started = time.monotonic()
+    response = requests.post(f"{gateway.url}/predict?model=tiny", data=PICTURE, timeout=10)
+    assert response.json()["label"] == "red"
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("begun", [b"", request()[:40], request()[:-10]], ids=["silent", "half a head", "half a body"])
+def test_clients_who_stop_in_the_middle_keep_nobody_waiting(gateway, begun):
+    """A third of the threads that a process has."""
+    with connections(gateway, 20) as socks:
+        for sock in socks:
+            sock.sendall(begun)
+        assert max(quickly(gateway) for _ in range(10)) < 1.5
+        socks[0].sendall(request()[len(begun) :])
+        assert next(answers(socks[0], 1))[0] == 200
+
+
+def test_more_silent_connections_than_threads_keep_nobody_waiting(gateway):
+    with connections(gateway, 200) as socks:
+        assert max(quickly(gateway) for _ in range(5)) < 1.5
+        socks[-1].sendall(request())
+        assert next(answers(socks[-1], 1))[0] == 200
+
+
+def test_a_body_that_comes_in_pieces(gateway):
+    with connections(gateway, 1) as (sock,):
+        sent = request()
+        for i in range(0, len(sent), len(sent) // 5):
+            sock.sendall(sent[i : i + len(sent) // 5])
+            time.sleep(0.02)
+        assert next(answers(sock, 1))[0] == 200
+
+
+def test_one_connection_for_many_requests_waiting_between_them_or_not(gateway):
+    with connections(gateway, 1) as (sock,):
+        for pause in (0, 0, 0.001, 0.05, 0.2, 0):  # shorter and longer than a thread stays with a connection
+            time.sleep(pause)
+            sock.sendall(request())
+            assert next(answers(sock, 1))[0] == 200
+
+
+def test_requests_sent_before_the_answers_have_come(gateway):
+    with connections(gateway, 1) as (sock,):
+        sock.sendall(request() + request(b"no picture") + request(Connection="close"))
+        assert [status for status, _ in answers(sock, 3)] == [200, 415, 200]
+        assert sock.recv(1) == b""
+
+
+def test_a_body_in_chunks(gateway):
+    with connections(gateway, 1) as (sock,):
+        chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(PICTURE), PICTURE)
+        sock.sendall(request(chunks, **{"Content-Length": None, "Transfer-Encoding": "chunked"}))
+        assert next(answers(sock, 1))[0] == 200
+
+
+def test_refused_clients_who_go_on_are_answered_on_the_same_connection(gateway):
+    with connections(gateway, 1) as (sock,):
+        for body, status in ((b"", 415), (PICTURE[: len(PICTURE) // 2], 422), (PICTURE, 200)):
+            sock.sendall(request(body))
+            assert next(answers(sock, 1))[0] == status
