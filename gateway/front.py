@@ -66,6 +66,8 @@ class Front:
                 entered = self._admission.enter(client)
                 place, problem = (None, entered) if isinstance(entered, errors.Problem) else (entered, None)
             if problem:
+                if isinstance(problem, errors.Overloaded):
+                    turn.refused()
                 return self._problem(problem, environ, started)(environ, start_response)
             turn.leave()
             environ[PLACE] = place

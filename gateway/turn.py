@@ -1,13 +1,17 @@
-"""One thread at a time receives.
+"""Under overload, one thread at a time receives.
 
 A refusal is a dozen system calls, and each lets go of Python's interpreter lock: of several threads that refuse side
 by side every one waits for that lock again and again, which took most of a CPU at a thousand requests a second. So
 whoever has a whole request before it takes a turn, and leaves it when the request is answered or turns out to be work.
+While nothing is refused nobody waits for a turn.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
+
+SECONDS = 1.0  # after a refusal: overload
 
 
 class _Mine(threading.local):
@@ -21,9 +25,15 @@ class Turn:
     def __init__(self) -> None:
         self._guard, self._taken = threading.Lock(), False
         self._waiting: deque[threading.Lock] = deque()
-        self._mine = _Mine()
+        self._mine, self._until = _Mine(), 0.0
+
+    def refused(self) -> None:
+        """From now on there are turns, for a while."""
+        self._until = time.monotonic() + SECONDS
 
     def take(self) -> None:
+        if time.monotonic() > self._until:
+            return
         with self._guard:
             if waits := self._taken:
                 come = threading.Lock()

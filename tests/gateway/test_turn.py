@@ -8,6 +8,7 @@ from gateway.turn import Turn
 
 def test_turns_come_in_the_order_in_which_they_were_asked_for():
     turn, order, threads = Turn(), [], []
+    turn.refused()
     turn.take()
 
     def ask(i):
@@ -31,6 +32,7 @@ def test_turns_come_in_the_order_in_which_they_were_asked_for():
 
 def test_only_its_holder_gives_it_back():
     turn = Turn()
+    turn.refused()
     turn.take()
     thread = threading.Thread(target=turn.leave)
     thread.start()
@@ -57,3 +59,17 @@ def test_who_accepts_and_goes_to_work_is_replaced_once():
     turn.lead(lambda: replaced.append("another"))
     turn.leave(passing=False)
     assert (turn.leads, replaced) == (False, ["one"])
+
+
+def test_while_nothing_is_refused_nobody_waits(monkeypatch):
+    turn = Turn()
+    turn.take()
+    turn.take()
+    turn.refused()
+    turn.take()
+    later = time.monotonic() + 1.1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    thread = threading.Thread(target=turn.take, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive()
