@@ -66,8 +66,7 @@ class Front:
                 entered = self._admission.enter(client)
                 place, problem = (None, entered) if isinstance(entered, errors.Problem) else (entered, None)
             if problem:
-                if isinstance(problem, errors.Overloaded):
-                    turn.refused()
+                turn.refused()
                 return self._problem(problem, environ, started)(environ, start_response)
             turn.leave()
             environ[PLACE] = place

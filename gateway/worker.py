@@ -105,6 +105,7 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
                 turn.take()
             else:
                 turn.leave()
+            before = conn.parser and conn.parser.mesg
             kept = super().handle(conn)
             turn.give()
             if kept is not True or not self.alive or conn.parser.unreader.buf.getvalue():
@@ -114,8 +115,9 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
                 break
             whole = _whole(conn.sock)
         if not kept:
-            # With nothing of the request left to come, closing cannot cut off the answer.
-            if conn.parser and conn.parser.finish_body(deadline=time.monotonic() + 0.001):
+            # With nothing of a request left to come, closing cannot cut off the answer.
+            understood = conn.parser and conn.parser.mesg is not before
+            if understood and conn.parser.finish_body(deadline=time.monotonic() + 0.001):
                 util.close(conn.sock)
             else:
                 turn.leave()

@@ -102,3 +102,11 @@ def test_refused_clients_who_go_on_are_answered_on_the_same_connection(gateway):
         for body, status in ((b"", 415), (PICTURE[: len(PICTURE) // 2], 422), (PICTURE, 200)):
             sock.sendall(request(body))
             assert next(answers(sock, 1))[0] == status
+
+
+def test_what_is_not_http_is_told_so_however_much_of_it_there_is(gateway):
+    """To close with something unread resets the connection, and the answer with it."""
+    for rest in (b"", bytes(2_000_000)):
+        with connections(gateway, 1) as (sock,):
+            sock.sendall(b"NONSENSE\r\n\r\n" + rest)
+            assert next(answers(sock, 1))[0] == 400
