@@ -20,7 +20,7 @@ from bundle.cpus import whole_cpus
 from local.processes import ROOT
 from local.run import DEFAULT
 
-MEMORY_SECONDS = 5.0  # between looks at memory; one takes milliseconds a process
+MEMORY_SECONDS = 20.0  # between looks at memory; one holds up a process for milliseconds
 
 
 @dataclass(frozen=True)

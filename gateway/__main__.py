@@ -6,6 +6,8 @@ gunicorn forks the worker processes; each makes its own app, and with it its own
 import ctypes
 import os
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ class Server(BaseApplication):  # type: ignore[misc]
         from gateway.telemetry import later
 
         later.begin()
+        threading.Thread(target=_keep_giving_memory_back, daemon=True).start()
         return create_app(self.settings, self.shared / "ready")
 
 
@@ -72,6 +75,17 @@ def _give_memory_back() -> None:
     if hasattr(library := ctypes.CDLL(None), "mallopt"):
         for option, size in ((-3, 4 << 20), (-1, 4 << 20)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
             library.mallopt(option, size)
+
+
+def _keep_giving_memory_back() -> None:
+    """What overload took, whose bodies lie scattered over the memory of every thread, goes back once it is over."""
+    from gateway.turn import turn
+
+    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        while True:
+            time.sleep(5)
+            if not turn.needed:  # it holds up every thread
+                library.malloc_trim(0)
 
 
 def main() -> None:

@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from gateway import access, errors, schemas, telemetry
 from gateway.admission import Admission
 from gateway.client import Client, Split
 from gateway.errors import Problem
-from gateway.front import PLACE, READ_SECONDS, Environ, Front, wanted
+from gateway.front import PLACE, READ_SECONDS, App, Environ, Front, wanted
 from gateway.models import Model
 from gateway.settings import Settings
 
@@ -81,7 +83,7 @@ class Gateway:
             path.startswith(("/predict", "/v1/")) or path == settings.predict_route
         )
 
-    def refusal(self, problem: Problem, environ: Environ, started: float) -> Response:
+    def refusal(self, problem: Problem, environ: Environ, started: float) -> App:
         """The answer to a request that does not reach Flask. Of those under overload one a second is logged."""
         request_id = _request_id(environ.get("HTTP_X_REQUEST_ID", ""))
         fields: dict[str, Any] = {"problem": problem.detail}
@@ -89,7 +91,7 @@ class Gateway:
             self._overloads += 1
             if time.monotonic() - self._told < 1:
                 telemetry.refused()
-                return _response(problem, request_id)
+                return _plain(problem, request_id)
             fields |= {"refused": self._overloads}
             self._overloads, self._told = 0, time.monotonic()
         size = int(environ.get("CONTENT_LENGTH") or 0)
@@ -97,7 +99,7 @@ class Gateway:
         took = {"refusal": round(1000 * (time.perf_counter() - started), 2)}
         told = functools.partial(telemetry.answered, time.time(), "refused", problem.status)
         telemetry.later(lambda: told({}, {**said, "stages_ms": took}))
-        return _response(problem, request_id)
+        return _plain(problem, request_id)
 
     def _client(self, target: str) -> Client:
         return Client(target, self.settings.in_flight, self.settings.model_seconds, telemetry.RETRIES.inc)
@@ -343,18 +345,36 @@ def _problem(problem: Problem) -> Response:
     return _response(problem, g.request_id)
 
 
-def _response(problem: Problem, request_id: str) -> Response:
+def _told(problem: Problem, request_id: str) -> tuple[bytes, dict[str, str]]:
+    """Body and headers of a problem's answer."""
     details = schemas.ProblemDetails(
         type=problem.type, title=problem.title, status=problem.status, detail=problem.detail, request_id=request_id
     )
-    response = Response(details.model_dump_json(), problem.status, content_type="application/problem+json")
-    response.headers["X-Request-Id"] = request_id
-    response.headers["X-Content-Type-Options"] = "nosniff"
+    headers = {"Content-Type": "application/problem+json", "X-Request-Id": request_id}
+    headers["X-Content-Type-Options"] = "nosniff"
     if problem.status == 401:
-        response.headers["WWW-Authenticate"] = 'Basic realm="Kennel: the API key as the password", charset="UTF-8"'
+        headers["WWW-Authenticate"] = 'Basic realm="Kennel: the API key as the password", charset="UTF-8"'
     if problem.retry_after is not None:
-        response.headers["Retry-After"] = str(problem.retry_after)
-    return response
+        headers["Retry-After"] = str(problem.retry_after)
+    return details.model_dump_json().encode(), headers
+
+
+def _response(problem: Problem, request_id: str) -> Response:
+    body, headers = _told(problem, request_id)
+    return Response(body, problem.status, headers)
+
+
+def _plain(problem: Problem, request_id: str) -> App:
+    """As _response, without what Flask's takes: a thousand refusals a second are a tenth of a CPU more."""
+    body, headers = _told(problem, request_id)
+    status = f"{problem.status} {HTTPStatus(problem.status).phrase}"
+    headers["Content-Length"] = str(len(body))
+
+    def app(_: Environ, start_response: Callable[..., Any]) -> list[bytes]:
+        start_response(status, list(headers.items()))
+        return [body]
+
+    return app
 
 
 def _http(exc: HTTPException) -> Response | HTTPException:

@@ -31,8 +31,12 @@ class Turn:
         """From now on there are turns, for a while."""
         self._until = time.monotonic() + SECONDS
 
+    @property
+    def needed(self) -> bool:
+        return time.monotonic() < self._until
+
     def take(self) -> None:
-        if time.monotonic() > self._until:
+        if not self.needed:
             return
         with self._guard:
             if waits := self._taken:

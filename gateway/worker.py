@@ -76,8 +76,9 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
 
     def _lead(self, listener: Any) -> None:
         turn.lead(partial(self._pass_on, listener))
+        server = listener.getsockname()
         try:
-            while turn.leads and self.alive and (conn := self._accepted(listener)):
+            while turn.leads and self.alive and (conn := self._accepted(listener, server)):
                 whole = _whole(conn.sock)
                 comes = whole or _readable(conn.sock, SILENT)
                 if kept := self._serve(conn, whole) if comes else gthread._DEFER:
@@ -125,14 +126,14 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
             conn.close = lambda graceful=False: None
         return kept
 
-    def _accepted(self, listener: Any) -> Any:
+    def _accepted(self, listener: Any, server: Any) -> Any:
         """The next connection, or None where there is none for a while."""
         for wait in (0, STAY):
             if wait and not _readable(listener, wait):
                 return None
             with contextlib.suppress(OSError):  # another process has taken it, or it is gone
                 sock, address = listener.accept()
-                return gthread.TConn(self.cfg, sock, address, listener.getsockname())
+                return gthread.TConn(self.cfg, sock, address, server)
         return None
 
     def _watch(self, listener: Any) -> None:
