@@ -65,7 +65,7 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
 
     def handle(self, conn: Any) -> Any:
         try:
-            return self._serve(conn, _whole(conn.sock))
+            return self._serve(conn, not _ahead(conn) and _whole(conn.sock))
         finally:
             turn.leave()
 
@@ -78,7 +78,7 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
         turn.lead(partial(self._pass_on, listener))
         server = listener.getsockname()
         try:
-            while turn.leads and self.alive and (conn := self._accepted(listener, server)):
+            while turn.leads and self.alive and self._accepting and (conn := self._accepted(listener, server)):
                 whole = _whole(conn.sock)
                 comes = whole or _readable(conn.sock, SILENT)
                 if kept := self._serve(conn, whole) if comes else gthread._DEFER:
@@ -109,16 +109,14 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
             before = conn.parser and conn.parser.mesg
             kept = super().handle(conn)
             turn.give()
-            if kept is not True or not self.alive or conn.parser.unreader.buf.getvalue():
+            if kept is not True or not self.alive or _ahead(conn):
                 break
             turn.leave()
             if not _readable(conn.sock, STAY):
                 break
             whole = _whole(conn.sock)
         if not kept:
-            # With nothing of a request left to come, closing cannot cut off the answer.
-            understood = conn.parser and conn.parser.mesg is not before
-            if understood and conn.parser.finish_body(deadline=time.monotonic() + 0.001):
+            if _over(conn, before):  # then closing cannot cut off the answer
                 util.close(conn.sock)
             else:
                 turn.leave()
@@ -151,6 +149,22 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
         self.nr_conns -= 1
 
 
+def _ahead(conn: Any) -> bool:
+    """Whether the parser has read some of the next request already."""
+    return bool(conn.parser and conn.parser.unreader.buf.getvalue())
+
+
+def _over(conn: Any, before: Any) -> bool:
+    """Whether nothing of a request is left to come. before: the parser's message before it, which is still there
+    where this one was not understood."""
+    try:
+        return bool(
+            conn.parser and conn.parser.mesg is not before and conn.parser.finish_body(time.monotonic() + 0.001)
+        )
+    except Exception:  # whatever reading raises of what is no body
+        return False
+
+
 def _whole(sock: Any) -> bool:
     """Whether a request has come to its end, so that reading it does not wait. False where that is not easily seen."""
     try:
@@ -158,13 +172,12 @@ def _whole(sock: Any) -> bool:
     except OSError:
         return False
     end = head.find(b"\r\n\r\n")
-    if end < 0 or CHUNKED.search(head, 0, end + 2):
+    length = LENGTH.findall(head, 0, end + 2)
+    if end < 0 or CHUNKED.search(head, 0, end + 2) or len(length) != head.lower().count(b"content-length", 0, end):
         return False
-    length = LENGTH.search(head, 0, end + 2)
     come = array.array("i", [0])
     fcntl.ioctl(sock, termios.FIONREAD, come)
-    needed: int = end + 4 + (int(length[1]) if length else 0)
-    return bool(come[0] >= needed)
+    return bool(come[0] >= end + 4 + sum(map(int, length)))
 
 
 def _readable(sock: Any, milliseconds: int) -> bool:
