@@ -36,7 +36,7 @@ class Admission:
 
     def enter(self, client: str) -> "Place | Overloaded":
         """A place, to be left again, or why there is none. It is not raised: an error that was raised keeps all that
-        its frames hold until the garbage collector comes by, a hundred thousand times a minute.
+        its frames hold until the garbage collector comes by, and there may be a thousand a second.
 
         Where all are taken, a client that holds less than its share still gets in, so that one with hundreds
         of calls does not shut out one with a single call; half as many as the limit are let in above it.

@@ -365,7 +365,7 @@ def _response(problem: Problem, request_id: str) -> Response:
 
 
 def _plain(problem: Problem, request_id: str) -> App:
-    """As _response, without what Flask's takes: a thousand refusals a second are a tenth of a CPU more."""
+    """As _response, without what a response of Flask's takes: for those of which there may be a thousand a second."""
     body, headers = _told(problem, request_id)
     status = f"{problem.status} {HTTPStatus(problem.status).phrase}"
     headers["Content-Length"] = str(len(body))

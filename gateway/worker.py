@@ -48,10 +48,7 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
     def accept(self, listener: Any) -> None:
         """On the main thread: a thread of the pool takes the listener, and with it all that waits there."""
         self.poller.unregister(listener)
-        with self._guard:
-            self.nr_conns += not self._leaders  # one for all of them: the worker does not end before they do
-            self._leaders += 1
-        self.tpool.submit(self._lead, listener)
+        self._pass_on(listener)
 
     def set_accept_enabled(self, enabled: bool) -> None:
         """As gunicorn's; but a listener that a thread has is not here to be taken away."""
@@ -71,6 +68,8 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
 
     def _pass_on(self, listener: Any) -> None:
         with self._guard:
+            if not self._leaders:  # this is the main thread, then
+                self.nr_conns += 1  # one for all of them: the worker does not end before they do
             self._leaders += 1
         self.tpool.submit(self._lead, listener)
 
@@ -80,8 +79,8 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
         try:
             while turn.leads and self.alive and self._accepting and (conn := self._accepted(listener, server)):
                 whole = _whole(conn.sock)
-                comes = whole or _readable(conn.sock, SILENT)
-                if kept := self._serve(conn, whole) if comes else gthread._DEFER:
+                conn.data_ready = whole or _readable(conn.sock, SILENT)  # so gunicorn need not wait
+                if kept := self._serve(conn, whole) if conn.data_ready else gthread._DEFER:
                     self.method_queue.defer(self._adopt, conn, kept)
             if turn.leads:
                 turn.leave(passing=False)
@@ -102,7 +101,6 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
         """
         while True:
             if whole:
-                conn.data_ready = True
                 turn.take()
             else:
                 turn.leave()
