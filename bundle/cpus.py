@@ -1,5 +1,6 @@
-"""How many CPUs this process may use: affinity and container limits, not what the node has."""
+"""How many CPUs this process may use: affinity and container limits, not what the node has. And how many GPUs."""
 
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -18,6 +19,15 @@ def cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
 def whole_cpus() -> int:
     """CPUs rounded down, at least one: how many busy threads fit."""
     return max(1, int(cpus()))
+
+
+def gpus(devices: Path = Path("/dev")) -> int:
+    """NVIDIA's that this process sees and that the installed torch can use: its CPU build can use none."""
+    try:
+        able = not importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        able = False
+    return len(list(devices.glob("nvidia[0-9]*"))) if able else 0
 
 
 def _quota(cgroup: Path) -> tuple[int, int]:

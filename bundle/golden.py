@@ -1,6 +1,6 @@
 """Golden pictures: recorded answers that must come out again before a model serves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,8 @@ from bundle.manifest import BundleError
 from bundle.picture import Pixels
 
 GOLDEN = "golden.npz"
-Run = Callable[[Pixels], NDArray[np.float32]]  # uint8 [N, H, W, 3] -> float32 [N, C]
+Pictures = Pixels | Sequence[Pixels]  # uint8 [N, H, W, 3], or N of [H, W, 3]
+Run = Callable[[Pictures], NDArray[np.float32]]  # -> float32 [N, C]
 
 
 def record(folder: Path, pixels: Pixels, run: Run) -> None:
@@ -18,8 +19,11 @@ def record(folder: Path, pixels: Pixels, run: Run) -> None:
     np.savez_compressed(folder / GOLDEN, pixels=pixels, logits=run(pixels))
 
 
-def check(folder: Path, run: Run, classes: int, tolerance: float) -> None:
-    """Raises BundleError where `run` does not give the recorded logits, each within `tolerance`."""
+def check(folder: Path, run: Run, classes: int, tolerance: float, close: float = 0) -> None:
+    """Raises BundleError where `run` does not give the recorded logits, each within `tolerance`.
+
+    close: or within this part of the difference between a picture's largest and smallest, for coarser arithmetic.
+    """
     try:
         # Opened here: where the zip is damaged, np.load would leave its file open.
         with (folder / GOLDEN).open("rb") as file, np.load(file, allow_pickle=False) as golden:
@@ -31,15 +35,15 @@ def check(folder: Path, run: Run, classes: int, tolerance: float) -> None:
     if expected.dtype.kind != "f" or expected.shape != (len(pixels), classes):
         raise BundleError(f"{GOLDEN}: has logits {expected.dtype} {expected.shape} for {classes} classes")
     for start in range(0, len(pixels), 4):  # in more than one batch: its size must not matter
-        got = run(pixels[start : start + 4])
-        if got.shape != expected[start : start + 4].shape:
+        got, right = run(pixels[start : start + 4]), expected[start : start + 4]
+        if got.shape != right.shape:
             raise BundleError(f"the model answers with shape {got.shape}, {GOLDEN} has {classes} classes")
-        off = np.abs(got - expected[start : start + 4]).max(axis=1)
-        if not (off <= tolerance).all():  # not (<=): NaN must fail too
-            worst = int(np.argmax(np.nan_to_num(off, nan=np.inf)))
+        off, most = np.abs(got - right).max(axis=1), np.maximum(tolerance, close * np.ptp(right, axis=1))
+        if not (off <= most).all():  # not (<=): NaN must fail too
+            worst = int(np.argmax(np.nan_to_num(off - most, nan=np.inf)))
             raise BundleError(
                 f"the model does not give the answers recorded in {GOLDEN}: picture {start + worst}: "
-                f"logits differ by {off[worst]:.4g}, more than {tolerance:g}"
+                f"logits differ by {off[worst]:.4g}, more than {most[worst]:g}"
             )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from bundle.cpus import whole_cpus
+from bundle.cpus import gpus, whole_cpus
 
 ROOT = Path(__file__).resolve().parent.parent
 # A worker takes about 350 MB; a laptop of sixteen cores need not give sixteen of them.
@@ -81,7 +81,7 @@ def start_model_server(store: Path, grpc_port: int, output: IO[bytes]) -> subpro
         management_port=management,
         grpc_management_port=grpc_management,
         worker_port=worker,
-        workers=os.environ.get("WORKERS", min(whole_cpus(), MOST_WORKERS)),
+        workers=os.environ.get("WORKERS", gpus() or min(whole_cpus(), MOST_WORKERS)),
     )
     return _start([sys.executable, "model-server/serve.py"], settings, output)
 

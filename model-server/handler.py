@@ -22,9 +22,9 @@ from bundle.picture import Pixels
 
 Request = Mapping[str, bytes | bytearray]
 
-# Pictures that go through the model at once. On a CPU more than two only leave its caches: EfficientNet-Lite0 costs
+# Pictures that go through the model at once on a CPU: more than two only leave its caches. EfficientNet-Lite0 costs
 # 5.0 ms a picture by ones and twos, 5.4 by fours, 5.8 by eights (ONNX Runtime 1.31, two AVX-512 cores, n=3).
-AT_ONCE = {"cpu": 2, "gpu": 64}
+AT_ONCE = 2
 
 
 class Model:
@@ -37,9 +37,18 @@ class Model:
         resize = self.manifest.input.resize
         self.shape = (resize.height, resize.width, 3)
         self.key = wire.PIXELS + self.manifest.input.contract
-        self.at_once = AT_ONCE["cpu" if device == "cpu" else "gpu"]
-        self.run = onnx_runner(folder) if device == "cpu" else torch_runner(folder, device)
-        golden.check(folder, self.run, len(self.manifest.classes), self.manifest.tolerance)
+        self.classes = len(self.manifest.classes)
+
+        def verify(run: golden.Run, close: float = 0) -> None:
+            golden.check(folder, run, self.classes, self.manifest.tolerance, close)
+
+        if device == "cpu":
+            self.run, self.at_once = onnx_runner(folder), AT_ONCE
+            verify(self.run)
+        else:
+            import gpu  # and with it torch, which takes seconds
+
+            self.run, self.at_once = gpu.runner(folder, device, self.shape, self.classes, verify), gpu.SIZES[-1]
 
     def answer(self, requests: Sequence[Request], waited: bool = True) -> list[bytes]:
         """One frame for every request, in order. waited: for this worker, that is, and not for one another."""
@@ -82,7 +91,7 @@ class Model:
 
     def _run(self, items: Sequence[Pixels]) -> tuple[NDArray[np.float32], dict[int, str]]:
         """Pictures [N, H, W, 3] each -> logits [sum of N, C], and why some of them mean nothing."""
-        logits = np.zeros((sum(map(len, items)), len(self.manifest.classes)), np.float32)
+        logits = np.zeros((sum(map(len, items)), self.classes), np.float32)
         failed: dict[int, str] = {}
         at = 0
         for pixels in _chunks(items, self.at_once):
@@ -91,7 +100,7 @@ class Model:
             at += len(pixels)
         return logits, failed
 
-    def _run_apart(self, pixels: Pixels, logits: NDArray[np.float32]) -> dict[int, str]:
+    def _run_apart(self, pixels: golden.Pictures, logits: NDArray[np.float32]) -> dict[int, str]:
         """Run a batch into `logits`; where that fails, its pictures one by one, so that one cannot fail the others."""
         try:
             logits[:] = self.run(pixels)
@@ -106,12 +115,11 @@ class Model:
         return {int(i): "the model's logits are not finite" for i in np.flatnonzero(~finite)}
 
 
-def _chunks(items: Sequence[Pixels], most: int) -> Iterator[Pixels]:
-    """At most so many pictures at a time, whoever sent them; copied only where they come from several."""
-    pictures = [picture for item in items for picture in item] if len(items) > 1 else []
-    total = sum(map(len, items))
-    for start in range(0, total, most):
-        yield np.stack(pictures[start : start + most]) if pictures else items[0][start : start + most]
+def _chunks(items: Sequence[Pixels], most: int) -> Iterator[golden.Pictures]:
+    """At most so many pictures at a time, whoever sent them."""
+    pictures = items[0] if len(items) == 1 else [picture for item in items for picture in item]
+    for start in range(0, len(pictures), most):
+        yield pictures[start : start + most]
 
 
 def onnx_runner(folder: Path) -> golden.Run:
@@ -125,26 +133,7 @@ def onnx_runner(folder: Path) -> golden.Run:
         session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
     except Exception as exc:  # onnxruntime's own exceptions are not importable by a stable name
         raise manifest.BundleError(f"model.onnx: ONNX Runtime cannot load it: {exc}") from exc
-    return lambda pixels: session.run(None, {"pixels": pixels})[0]
-
-
-def torch_runner(folder: Path, device: str) -> golden.Run:
-    """The torch.export program on a GPU."""
-    import torch
-    from torch.export.passes import move_to_device_pass
-
-    if not (folder / "model.pt2").exists():
-        raise manifest.BundleError(
-            "model.pt2: is missing, as in int8 bundles, which are for CPUs: on a GPU serve the fp32 one"
-        )
-    program = move_to_device_pass(torch.export.load(folder / "model.pt2"), device).module()
-
-    def run(pixels: Pixels) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            logits: NDArray[np.float32] = program(torch.from_numpy(pixels.copy()).to(device)).float().cpu().numpy()
-            return logits
-
-    return run
+    return lambda pixels: session.run(None, {"pixels": np.asarray(pixels)})[0]
 
 
 class Tally:

@@ -31,7 +31,7 @@ from pathlib import Path
 import fetch
 import ts
 
-from bundle.cpus import whole_cpus
+from bundle.cpus import gpus, whole_cpus
 
 POLL = 0.5  # seconds between looks at the workers
 LATE = 60.0  # seconds without a look after which this program must hang: a start and each look take less
@@ -61,6 +61,7 @@ class Settings:
     queue_size: int = 100  # calls a model; the gateways together should not admit more
     grace_seconds: float = 30.0  # between SIGTERM and SIGKILL
     heap_mb: int = 512
+    precision: str = "fp16"  # of a GPU's arithmetic: fp16, bf16 or fp32 (worker/gpu.py)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "Settings":
@@ -79,6 +80,8 @@ class Settings:
         settings = cls(**values)
         if settings.batch_delay_ms < 1 or settings.batch_size < 1:
             raise SystemExit("BATCH_SIZE and BATCH_DELAY_MS must be at least 1")
+        if settings.precision not in (known := ("fp16", "bf16", "fp32")):
+            raise SystemExit(f"PRECISION={settings.precision!r} is none of {', '.join(known)}")
         return settings
 
 
@@ -138,6 +141,7 @@ class Server:
             ),
             "THREADS": str(threads),
             "OMP_NUM_THREADS": str(threads),
+            "PRECISION": settings.precision,
         }
         ts_home = Path(ts.__file__).parent
         # As ts/model_server.py builds it.
@@ -203,6 +207,7 @@ def configuration(settings: Settings, models: Mapping[str, str]) -> str:
         "load_models": ",".join(f"{name}={name}.mar" for name in models),
         "models": json.dumps({name: {version: per_worker} for name, version in models.items()}),
         "default_workers_per_model": workers(settings),
+        "number_of_gpu": gpus(),  # else TorchServe asks nvidia-smi alone, which knows nothing of torch
         "job_queue_size": settings.queue_size,
         "max_request_size": 64 << 20,
         "max_response_size": 64 << 20,
@@ -218,8 +223,7 @@ def configuration(settings: Settings, models: Mapping[str, str]) -> str:
 
 
 def workers(settings: Settings) -> int:
-    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return settings.workers or gpus or whole_cpus()
+    return settings.workers or gpus() or whole_cpus()
 
 
 def java() -> list[str]:

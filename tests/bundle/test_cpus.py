@@ -1,5 +1,6 @@
 """bundle.cpus: what the container allows, in both versions of cgroup."""
 
+import importlib.metadata
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,18 @@ def test_whole_cpus_are_rounded_down_and_at_least_one(
 ) -> None:
     monkeypatch.setattr(cpus, "cpus", lambda: available)
     assert cpus.whole_cpus() == whole
+
+
+@pytest.mark.parametrize(("torch", "found"), [("2.13.0", 2), ("2.13.0+cu130", 2), ("2.13.0+cpu", 0), (None, 0)])
+def test_gpus_are_those_that_the_installed_torch_can_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch: str | None, found: int
+) -> None:
+    def version(name: str) -> str:
+        if torch is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return torch
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    for name in ("nvidia0", "nvidia11", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert cpus.gpus(tmp_path) == found

@@ -1,0 +1,128 @@
+"""What a GPU runs: the changes of the program on a CPU, the CUDA graphs where there is a GPU."""
+
+from pathlib import Path
+
+import gpu
+import handler
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from bundle import golden, wire
+from bundle.manifest import BundleError
+from bundle.picture import Resize
+from training.export import Normalised, export
+
+SHAPE, CLASSES = (32, 32, 3), ("red", "green", "blue")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class Network(nn.Module):
+    """Every case that `fold` knows: padding even and not, single pixels, with bias and without, one that two read."""
+
+    def __init__(self, loud: float = 1.0) -> None:
+        super().__init__()
+        self.loud = loud
+        self.first, self.norm1 = nn.Conv2d(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8)
+        self.deep, self.norm2 = nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8)
+        self.mix, self.norm4 = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.shared, self.norm3 = nn.Conv2d(8, 8, 1, padding=1), nn.BatchNorm2d(8)
+        self.wide, self.head = nn.Linear(8, 16), nn.Linear(16, len(CLASSES))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.hardtanh(self.norm1(self.first(functional.pad(x, (0, 1, 0, 1)))), 0, 6)
+        x = self.norm2(self.deep(functional.pad(x * self.loud, (1, 1, 1, 1)))) / self.loud
+        shared = self.shared(self.norm4(self.mix(x)))
+        return self.head(self.wide((self.norm3(shared) + shared).mean((2, 3))))
+
+
+def made(folder: Path, loud: float = 1.0) -> Path:
+    """A bundle of that network; loud: a factor that float16 cannot hold, taken out again afterwards."""
+    torch.manual_seed(0)
+    network = Network(loud).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value in (module.running_mean, module.running_var, module.weight, module.bias):
+                nn.init.uniform_(value, 0.5, 1.5)
+    module, pixels = Normalised(network, 127.0, 128.0).eval(), golden.draw(6, *SHAPE[:2])
+    resize = Resize(*SHAPE[:2], "crop", 40)
+    named = {"name": "tiny", "version": "1", "classes": CLASSES, "licence": "CC0-1.0"}
+    export(module, folder, **named, resize=resize, golden_pixels=pixels)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("gpu") / "tiny")
+
+
+def targets(module):
+    return [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
+
+
+def test_batch_norms_and_even_padding_become_part_of_convolutions_and_single_pixels_products(bundle):
+    before, after = gpu.program(bundle, "cpu"), gpu.fold(gpu.program(bundle, "cpu"))
+    pixels = golden.draw(5, *SHAPE[:2], seed=3)
+    np.testing.assert_allclose(gpu.eager(after, "cpu")(pixels), gpu.eager(before, "cpu")(pixels), rtol=0, atol=1e-5)
+    assert [targets(module).count("aten.batch_norm.default") for module in (before, after)] == [4, 1]
+    assert [targets(module).count("aten.pad.default") for module in (before, after)] == [2, 1]
+    assert [targets(module).count("aten.conv2d.default") for module in (before, after)] == [4, 3]
+
+
+@pytest.mark.parametrize("cast", gpu.CASTS.values())
+def test_what_is_cast_stays_close_and_its_logits_are_not_rounded(bundle, cast):
+    run = gpu.eager(gpu.mixed(gpu.fold(gpu.program(bundle, "cpu")), cast), "cpu")
+    with torch.autocast("cpu", cast):
+        golden.check(bundle, run, len(CLASSES), 0, gpu.ROUNDINGS * torch.finfo(cast).eps)
+        logits = run(golden.draw(5, *SHAPE[:2]))
+        with pytest.raises(BundleError, match="logits differ by"):
+            golden.check(bundle, run, len(CLASSES), 0, torch.finfo(cast).eps / 100)
+    assert (torch.from_numpy(logits).to(cast).float().numpy() != logits).any()
+
+
+def test_a_picture_that_leaves_the_range_of_float16_is_answered_by_float32():
+    fast = np.array([[1, 2], [np.inf, 0], [np.nan, 1]], np.float32)
+    asked = []
+
+    def exact(pixels):
+        asked.extend(pixels)
+        return np.array([[7, 8]], np.float32)
+
+    assert gpu._mended(fast, [0, 1, 2], exact).tolist() == [[1, 2], [7, 8], [7, 8]]
+    assert asked == [1, 2]
+
+
+def test_a_program_that_cannot_be_loaded_is_refused(tmp_path):
+    (tmp_path / "model.pt2").write_bytes(b"not a zip")
+    with pytest.raises(BundleError, match=r"model\.pt2: torch .* cannot load it"):
+        gpu.program(tmp_path, "cpu")
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_every_number_of_pictures_gets_its_own_answers(bundle, monkeypatch, precision, capsys):
+    monkeypatch.setenv("PRECISION", precision)
+    model = handler.Model(bundle, "cuda:0")
+    pictures = golden.draw(150, *SHAPE[:2], seed=9)
+    expected = gpu.eager(gpu.program(bundle, "cpu"), "cpu")(pictures)
+    close = gpu.ROUNDINGS * torch.finfo(gpu.CASTS[precision]).eps if precision in gpu.CASTS else 1e-4
+    for count in (1, 2, 3, 5, 31, 64, 150):
+        shares = [count] if count <= wire.MOST else [50, 60, 40]
+        entries, start = [], 0
+        for share in shares:
+            data = pictures[start : start + share].tobytes()
+            entries.append(wire.request({model.manifest.input.contract: data}, [], share))
+            start += share
+        logits = np.concatenate([wire.unpack(frame).logits for frame in model.answer(entries)])
+        assert (np.abs(logits - expected[:count]).max(1) <= close * np.ptp(expected[:count], axis=1)).all()
+    assert not capsys.readouterr().err
+
+
+@needs_gpu
+def test_where_float16_is_not_close_float32_is_served_and_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PRECISION", "fp16")
+    model = handler.Model(made(tmp_path / "loud", 1e6), "cuda:0")
+    assert "float32 is served, not torch.float16: " in capsys.readouterr().err
+    assert np.isfinite(model.run(golden.draw(3, *SHAPE[:2]))).all()
