@@ -22,11 +22,13 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+Bytes = bytes | memoryview
 Status = Literal["ok", "manifest", "mismatch", "error"]
 PIXELS = "pixels:"
 KNOWN = "known"
 COUNT = "count"
 MOST = 64  # pictures in a request
+Value = Bytes | list[Bytes]  # of an entry to send: whole, or in parts that are joined on the way
 _LENGTH = struct.Struct("<I")
 
 
@@ -51,9 +53,9 @@ class Answer:
     beside: int = 0
 
 
-def request(pixels: Mapping[str, bytes], known: Iterable[str], count: int = 1) -> dict[str, bytes]:
+def request(pixels: Mapping[str, Value], known: Iterable[str], count: int = 1) -> dict[str, Value]:
     """{contract: raw pixels of `count` pictures} and known digests -> the map to send."""
-    entries = {PIXELS + contract: data for contract, data in pixels.items()}
+    entries: dict[str, Value] = {PIXELS + contract: data for contract, data in pixels.items()}
     if count != 1:
         entries[COUNT] = str(count).encode()
     return {KNOWN: ",".join(sorted(known)).encode(), **entries}

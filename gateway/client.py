@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+from bundle.wire import Bytes, Value
 from gateway.errors import BadAnswer, ConnectionLost, Overloaded, Problem, TimedOut, Unavailable
 
 METHOD = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions"
@@ -41,34 +42,40 @@ CHANNEL_OPTIONS = [
 ]
 
 
-def _messages() -> tuple[Any, Any]:
-    """TorchServe's PredictionsRequest and PredictionResponse by their field numbers (its inference.proto),
-    so that no generated code needs to be kept."""
-    kind = descriptor_pb2.FieldDescriptorProto
+def _response() -> Any:
+    """TorchServe's PredictionResponse by its field number (its inference.proto), so that no generated code needs to be
+    kept."""
     file = descriptor_pb2.FileDescriptorProto(name="kennel/predictions.proto", package="kennel", syntax="proto3")
-    request = file.message_type.add(name="PredictionsRequest")
-    entry = request.nested_type.add(name="InputEntry")
-    entry.options.map_entry = True
-    entry.field.add(name="key", number=1, type=kind.TYPE_STRING, label=kind.LABEL_OPTIONAL)
-    entry.field.add(name="value", number=2, type=kind.TYPE_BYTES, label=kind.LABEL_OPTIONAL)
-    request.field.add(name="model_name", number=1, type=kind.TYPE_STRING, label=kind.LABEL_OPTIONAL)
-    request.field.add(
-        name="input",
-        number=3,
-        type=kind.TYPE_MESSAGE,
-        label=kind.LABEL_REPEATED,
-        type_name=".kennel.PredictionsRequest.InputEntry",
-    )
+    kind = descriptor_pb2.FieldDescriptorProto
     response = file.message_type.add(name="PredictionResponse")
     response.field.add(name="prediction", number=1, type=kind.TYPE_BYTES, label=kind.LABEL_OPTIONAL)
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    find = pool.FindMessageTypeByName
-    get = message_factory.GetMessageClass
-    return get(find("kennel.PredictionsRequest")), get(find("kennel.PredictionResponse"))
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("kennel.PredictionResponse"))
 
 
-Request, Response = _messages()
+Response = _response()
+
+
+def encode(model: str, entries: Mapping[str, Value]) -> bytes:
+    """TorchServe's PredictionsRequest: model_name = 1, map<string, bytes> input = 3.
+
+    protobuf would copy the pixels three times, which leaves nothing else in the caches: 0.3 ms of CPU a picture
+    (https://protobuf.dev/programming-guides/encoding: length-delimited records, an entry of a map is a message of its
+    key, 1, and its value, 2).
+    """
+    parts = _record(1, model.encode())
+    for key, value in entries.items():
+        parts += _record(3, *_record(1, key.encode()), *_record(2, *(value if isinstance(value, list) else [value])))
+    return b"".join(parts)
+
+
+def _record(number: int, *parts: Bytes) -> list[Bytes]:
+    head, size = [number << 3 | 2], sum(map(len, parts))
+    while size > 127:
+        head.append(size & 127 | 128)
+        size >>= 7
+    return [bytes([*head, size]), *parts]
 
 
 class RetryBudget:
@@ -106,7 +113,7 @@ class Client:
         self._lock = threading.Lock()
         self._call: Any = None
 
-    def predictions(self, model: str, entries: Mapping[str, bytes], deadline: float, request_id: str = "") -> bytes:
+    def predictions(self, model: str, entries: Mapping[str, Value], deadline: float, request_id: str = "") -> bytes:
         """One Predictions call -> its answer's bytes.
 
         deadline: time.monotonic() at which the caller gives up. Raises Unavailable, Overloaded,
@@ -115,7 +122,7 @@ class Client:
         if not self._free.acquire(blocking=False):
             raise Overloaded("more pictures are waiting for the model than may wait: try again soon")
         try:
-            request = Request(model_name=model, input=entries)
+            request = encode(model, entries)
             deadline = min(deadline, time.monotonic() + self._seconds)
             self._budget.earn()
             try:
@@ -139,7 +146,7 @@ class Client:
             ready.result(seconds)
         ready.cancel()  # or a thread of its would watch the channel until it is connected, which may be never
 
-    def _once(self, request: Any, deadline: float, request_id: str) -> bytes:
+    def _once(self, request: bytes, deadline: float, request_id: str) -> bytes:
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise TimedOut(SLOW)
@@ -156,7 +163,7 @@ class Client:
         with self._lock:
             if self._call is None:
                 self._channel = grpc.insecure_channel(self._target, options=CHANNEL_OPTIONS)
-                self._call = self._channel.unary_unary(METHOD, Request.SerializeToString, Response.FromString)
+                self._call = self._channel.unary_unary(METHOD, None, Response.FromString)
             return self._call
 
 
@@ -166,7 +173,7 @@ class Split:
     def __init__(self, main: Client, canary: Client, share: float, on_failure: Callable[[], None]) -> None:
         self._main, self._canary, self._share, self._on_failure = main, canary, share, on_failure
 
-    def predictions(self, model: str, entries: Mapping[str, bytes], deadline: float, request_id: str = "") -> bytes:
+    def predictions(self, model: str, entries: Mapping[str, Value], deadline: float, request_id: str = "") -> bytes:
         """As Client.predictions."""
         if random.random() < self._share:
             try:

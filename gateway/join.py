@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bundle.wire import Bytes
 from gateway.client import SLOW
 from gateway.errors import Abandoned, TimedOut
 
@@ -31,7 +32,7 @@ class Asked:
     """One picture on its way. `contract` and `pixels` as on the wire; `deadline` in time.monotonic()."""
 
     contract: str
-    pixels: bytes
+    pixels: Bytes
     deadline: float
     request_id: str
     wanted: Callable[[], bool]  # False once its caller is gone

@@ -7,7 +7,7 @@ carries its bundle's digest, and is read with that bundle's manifest and no othe
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from typing import Any
@@ -91,11 +91,11 @@ class Model:
             raise errors.Unavailable(f"{self.name} is being replaced by yet another version: try again soon")
         return manifest, logits
 
-    def _pixels(self, data: bytes, manifest: Manifest, deadline: float, wanted: Callable[[], bool]) -> bytes:
-        def decode() -> bytes:
+    def _pixels(self, data: bytes, manifest: Manifest, deadline: float, wanted: Callable[[], bool]) -> wire.Bytes:
+        def decode() -> wire.Bytes:
             if not wanted():
                 raise errors.Abandoned
-            return picture.load(data, manifest.input.resize, self._max_pixels).tobytes()
+            return picture.load(data, manifest.input.resize, self._max_pixels).data.cast("B")
 
         decoded = self._decoding.submit(decode)
         try:
@@ -110,7 +110,7 @@ class Model:
 
     def _together(self, asked: Sequence[Asked]) -> tuple[list[Any], int]:
         """One call for pictures of one contract -> manifest and logits of each; none where another version answered."""
-        pixels = {asked[0].contract: b"".join(one.pixels for one in asked)}
+        pixels = {asked[0].contract: [one.pixels for one in asked]}
         deadline = max(one.deadline for one in asked)
         manifest, answer = self._ask(pixels, len(asked), deadline, ",".join(one.request_id for one in asked))
         if answer.status == "error" and len(asked) > 1:
@@ -129,7 +129,7 @@ class Model:
         return None if answer.logits is None else answer.logits[i]
 
     def _ask(
-        self, pixels: dict[str, bytes], count: int, deadline: float, request_id: str
+        self, pixels: Mapping[str, wire.Value], count: int, deadline: float, request_id: str
     ) -> tuple[Manifest, wire.Answer]:
         """One call -> the manifest of who answered, learned now if need be, and the answer."""
         known = self._known()

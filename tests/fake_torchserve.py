@@ -6,8 +6,29 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import handler
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from gateway.client import METHOD, Request, Response
+from gateway.client import METHOD, Response
+
+
+def _request():
+    """TorchServe's PredictionsRequest, as its inference.proto has it."""
+    kind = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="inference.proto", package="tests", syntax="proto3")
+    request = file.message_type.add(name="PredictionsRequest")
+    entry = request.nested_type.add(name="InputEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=kind.TYPE_STRING, label=kind.LABEL_OPTIONAL)
+    entry.field.add(name="value", number=2, type=kind.TYPE_BYTES, label=kind.LABEL_OPTIONAL)
+    request.field.add(name="model_name", number=1, type=kind.TYPE_STRING, label=kind.LABEL_OPTIONAL)
+    found = {"type": kind.TYPE_MESSAGE, "type_name": ".tests.PredictionsRequest.InputEntry"}
+    request.field.add(name="input", number=3, label=kind.LABEL_REPEATED, **found)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("tests.PredictionsRequest"))
+
+
+Request = _request()
 
 
 class FakeTorchServe:

@@ -8,10 +8,10 @@ import time
 
 import grpc
 import pytest
-from fake_torchserve import FakeTorchServe
+from fake_torchserve import FakeTorchServe, Request
 
 from gateway import errors
-from gateway.client import Client, RetryBudget, problem
+from gateway.client import Client, RetryBudget, encode, problem
 
 
 def soon(seconds=5.0):
@@ -71,6 +71,14 @@ def test_every_status_code_has_an_error_of_ours(code):
 def test_what_torchserve_says_tells_apart_what_its_codes_do_not(code, details, kind, status):
     found = problem(grpc.StatusCode[code], details)
     assert (type(found), found.status) == (kind, status)
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 16_383, 16_384, 2_097_152])
+def test_a_request_is_what_protobuf_makes_of_it(size):
+    whole = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    half = memoryview(whole)[: size // 2]
+    found = Request.FromString(encode("dögs", {"known": b"", "pixels:c": whole, "parts": [half, whole[size // 2 :]]}))
+    assert (found.model_name, dict(found.input)) == ("dögs", {"known": b"", "pixels:c": whole, "parts": whole})
 
 
 def test_an_answer_and_the_request_id_travel(torchserve, tiny):
