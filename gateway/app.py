@@ -250,11 +250,11 @@ def _predict(model: Model, pictures: list[bytes], top_k: int | None, where: str 
     if top_k and top_k > (most := len(model.manifest(g.deadline).classes)):
         raise errors.BadRequest(f"top_k: {top_k} is more than the {most} classes of {model.name}: send 1 to {most}")
     g.place.holds(len(pictures))
-    stages, deadline, request_id = g.stages, g.deadline, g.request_id
+    tell, deadline, request_id = g.stages.add, g.deadline, g.request_id
     there = functools.partial(wanted, request.environ)
 
     def ask(data: bytes) -> Any:
-        return model.predict(data, deadline, stages, request_id, there)
+        return model.predict(data, deadline, tell, request_id, there)
 
     with telemetry.IN_FLIGHT.track_inprogress():
         if len(pictures) == 1:

@@ -20,25 +20,32 @@ from typing import Any
 
 from bundle.wire import Bytes
 from gateway.client import SLOW
-from gateway.errors import Abandoned, TimedOut
+from gateway.errors import Abandoned, Overloaded, Problem, TimedOut
 
 PICTURES = 8  # a call: beyond it nothing is won, and all wait for the last one
 BYTES = 4 << 20  # a call, likewise: for large inputs
 SHRINK = 0.8
+UNDECODED = "more pictures are waiting to be decoded than may wait: try again soon"
 
 
 @dataclass(eq=False)
 class Asked:
-    """One picture on its way. `contract` and `pixels` as on the wire; `deadline` in time.monotonic()."""
+    """One picture on its way. `contract` as on the wire; `deadline` in time.monotonic()."""
 
     contract: str
-    pixels: Bytes
     deadline: float
     request_id: str
     wanted: Callable[[], bool]  # False once its caller is gone
+    pixels: Bytes = b""  # as on the wire, once it is decoded
+    decoded: float = 0.0  # when, in time.perf_counter()
+    until: float = field(init=False)  # when it has waited too long for what comes next, in time.monotonic()
     outcome: Any = None
     together: "list[Asked] | None" = None  # whom it calls for, itself first
     turn: threading.Event = field(default_factory=threading.Event)  # there is an outcome, or a call to make
+    over: bool = False  # nobody waits for it any more
+
+    def __post_init__(self) -> None:
+        self.until = self.deadline
 
 
 # Makes one call for pictures of one contract -> the outcome of each, an exception where it failed; and how many calls
@@ -57,18 +64,33 @@ class Join:
         self._waiting: deque[Asked] = deque()
         self._lock = threading.Lock()
 
-    def ask(self, asked: Asked) -> Any:
-        """The outcome of `call` for this picture. Raises it where it is an exception, and TimedOut."""
+    def put(self, asked: Asked, pixels: Bytes) -> None:
+        """By whoever has decoded it: now it waits for its call."""
         with self._lock:
-            self._waiting.append(asked)
-            self._start()
-        if not asked.turn.wait(min(self._seconds, asked.deadline - time.monotonic())):
+            if not asked.over:
+                asked.pixels, asked.decoded = pixels, time.perf_counter()
+                asked.until = min(asked.deadline, time.monotonic() + self._seconds)
+                self._waiting.append(asked)
+                self._start()
+
+    def fail(self, asked: Asked, why: Exception) -> None:
+        """By whoever could not decode it."""
+        # With its traceback, whose frame has the picture, it would be a circle.
+        asked.outcome = why.with_traceback(None) if isinstance(why, Problem) else why
+        asked.turn.set()
+
+    def outcome(self, asked: Asked) -> Any:
+        """Of `call` for this picture, which another thread decodes: its own is woken once. Raises it where it is an
+        exception, Overloaded where it is not decoded in time, and TimedOut.
+        """
+        while not asked.turn.wait(max(0, min(self._seconds, asked.until - time.monotonic()))):
             with self._lock:
-                if waits := asked in self._waiting:
+                if asked.turn.is_set() or asked.until > time.monotonic():
+                    continue
+                asked.over = True
+                if asked in self._waiting:  # else it is not decoded, or its call is under way
                     self._waiting.remove(asked)
-            # Else it has just been taken along.
-            if waits or not asked.turn.wait(asked.deadline - time.monotonic()):
-                raise TimedOut(SLOW)
+            raise TimedOut(SLOW) if asked.decoded else Overloaded(UNDECODED)
         if asked.together:
             self._lead(asked.together)
             asked.together = None  # it is in there itself: a circle, with all their pixels
@@ -83,6 +105,8 @@ class Join:
             most = min(PICTURES, max(1, BYTES // max(1, len(first.pixels))))
             while self._waiting and len(together) < most and self._waiting[0].contract == first.contract:
                 together.append(self._waiting.popleft())
+            for asked in together:
+                asked.until = asked.deadline
             self._calls += 1
             first.together = together
             first.turn.set()

@@ -9,7 +9,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,11 @@ from bundle.manifest import BundleError, Manifest, parse
 from gateway import errors
 from gateway.client import Client, Split
 from gateway.errors import Problem
-from gateway.join import Asked, Join
+from gateway.join import UNDECODED, Asked, Join
 
 KEPT = 8  # manifests a model: more versions than a rollout ever has side by side
 CALLS = 64  # of a model under way at once, at most
-Stage = Callable[[str], AbstractContextManager[None]]  # times what runs inside it, under a name
+Tell = Callable[[str, float], None]  # a stage and the seconds it took
 
 
 class Model:
@@ -62,7 +61,7 @@ class Model:
         self,
         data: bytes,
         deadline: float,
-        stage: Stage,
+        tell: Tell,
         request_id: str = "",
         wanted: Callable[[], bool] = lambda: True,
     ) -> tuple[Manifest, NDArray[np.float32]]:
@@ -72,41 +71,56 @@ class Model:
         before any call.
         """
         manifest = self.manifest(deadline)
-        contract = manifest.input.contract
-        with stage("decode"):
-            pixels = {contract: self._pixels(data, manifest, deadline, wanted)}
-        with stage("model"):
-            manifest, logits = self._join.ask(Asked(contract, pixels[contract], deadline, request_id, wanted))
-        if logits is None:
-            # Another version answered. With an entry for every contract known, whoever takes the
-            # second call can answer it.
-            with stage("decode"):
-                for other in self._known().values():
-                    if other.input.contract not in pixels:
-                        pixels[other.input.contract] = self._pixels(data, other, deadline, wanted)
-            with stage("model"):
-                manifest, answer = self._ask(pixels, 1, deadline, request_id)
-                logits = self._logits(manifest, answer, 0)
+        asked, started = Asked(manifest.input.contract, deadline, request_id, wanted), time.perf_counter()
+        self._decoding.submit(self._put, asked, data, manifest)
+        try:
+            manifest, logits = self._join.outcome(asked)
+            if logits is None:
+                manifest, logits = self._again(data, asked)
+        finally:
+            ended = time.perf_counter()
+            tell("decode", (asked.decoded or ended) - started)
+            if asked.decoded:
+                tell("model", ended - asked.decoded)
+        return manifest, logits
+
+    def _put(self, asked: Asked, data: bytes, manifest: Manifest) -> None:
+        """By a decoding thread, which has it called for too: the picture's own thread is woken once, by its answer."""
+        if asked.over:
+            return
+        try:
+            pixels = self._decode(data, manifest, asked.wanted)
+        except Exception as exc:
+            self._join.fail(asked, exc)
+        else:
+            self._join.put(asked, pixels)
+
+    def _again(self, data: bytes, asked: Asked) -> tuple[Manifest, NDArray[np.float32]]:
+        """Another version answered. With an entry for every contract known, whoever takes the second call can."""
+        pixels = {asked.contract: asked.pixels}
+        for other in self._known().values():
+            if other.input.contract not in pixels:
+                decoding = self._decoding.submit(self._decode, data, other, asked.wanted)
+                try:
+                    pixels[other.input.contract] = decoding.result(max(0, asked.deadline - time.monotonic()))
+                except TimeoutError:
+                    decoding.cancel()
+                    raise errors.Overloaded(UNDECODED) from None
+                finally:
+                    del decoding  # or its error, this frame and the picture would hold each other
+        manifest, answer = self._ask(pixels, 1, asked.deadline, asked.request_id)
+        logits = self._logits(manifest, answer, 0)
         if logits is None:
             raise errors.Unavailable(f"{self.name} is being replaced by yet another version: try again soon")
         return manifest, logits
 
-    def _pixels(self, data: bytes, manifest: Manifest, deadline: float, wanted: Callable[[], bool]) -> wire.Bytes:
-        def decode() -> wire.Bytes:
-            if not wanted():
-                raise errors.Abandoned
-            return picture.load(data, manifest.input.resize, self._max_pixels).data.cast("B")
-
-        decoded = self._decoding.submit(decode)
+    def _decode(self, data: bytes, manifest: Manifest, wanted: Callable[[], bool]) -> wire.Bytes:
+        if not wanted():
+            raise errors.Abandoned
         try:
-            return decoded.result(max(0, deadline - time.monotonic()))
-        except TimeoutError:
-            decoded.cancel()
-            raise errors.Overloaded("more pictures are waiting to be decoded than may wait: try again soon") from None
+            return picture.load(data, manifest.input.resize, self._max_pixels).data.cast("B")
         except picture.PictureError as exc:
             raise errors.of_picture(exc) from exc
-        finally:
-            del decoded  # or its error, this frame and the picture would hold each other
 
     def _together(self, asked: Sequence[Asked]) -> tuple[list[Any], int]:
         """One call for pictures of one contract -> manifest and logits of each; none where another version answered."""

@@ -9,8 +9,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import REGISTRY as ONE_PROCESS
@@ -89,14 +88,6 @@ class Stages:
 
     def __init__(self) -> None:
         self.milliseconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, time.perf_counter() - started)
 
     def add(self, name: str, seconds: float) -> None:
         self.milliseconds[name] = round(self.milliseconds.get(name, 0) + 1000 * seconds, 2)

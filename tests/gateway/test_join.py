@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from gateway import join
-from gateway.errors import Abandoned, TimedOut, Unavailable
+from gateway.errors import Abandoned, DamagedPicture, Overloaded, TimedOut, Unavailable
 from gateway.join import Asked, Join
 
 
@@ -25,7 +25,12 @@ class Server:
 
 
 def asked(pixels, contract="c", seconds=5.0, wanted=lambda: True):
-    return Asked(contract, pixels, time.monotonic() + seconds, "id", wanted)
+    return Asked(contract, time.monotonic() + seconds, "id", wanted, pixels)
+
+
+def ask(joined, asked):
+    joined.put(asked, asked.pixels)
+    return joined.outcome(asked)
 
 
 def until(true):
@@ -45,11 +50,11 @@ def held(server, joined, threads, count=20, **how):
     """One call under way that does not end, and so many pictures waiting for it."""
     server.open.clear()
     joined.limit = 1.0
-    first = threads.submit(joined.ask, asked(b"first"))
+    first = threads.submit(ask, joined, asked(b"first"))
     until(lambda: server.calls)
     waiting = []
     for i in range(count):
-        waiting.append(threads.submit(joined.ask, asked(str(i).encode(), **how)))
+        waiting.append(threads.submit(ask, joined, asked(str(i).encode(), **how)))
         until(lambda i=i: len(joined._waiting) == i + 1)
     return first, waiting
 
@@ -57,7 +62,7 @@ def held(server, joined, threads, count=20, **how):
 def test_a_picture_that_comes_alone_goes_at_once():
     server = Server()
     joined = Join(server, 8, 5)
-    assert [joined.ask(asked(pixels)) for pixels in (b"a", b"b")] == [b"aa", b"bb"]
+    assert [ask(joined, asked(pixels)) for pixels in (b"a", b"b")] == [b"aa", b"bb"]
     assert server.calls == [[b"a"], [b"b"]]
 
 
@@ -77,7 +82,7 @@ def test_pictures_of_another_contract_do_not_share(threads):
     server = Server()
     joined = Join(server, 1, 5)
     _, waiting = held(server, joined, threads, 3)
-    waiting.append(threads.submit(joined.ask, asked(b"other", contract="d")))
+    waiting.append(threads.submit(ask, joined, asked(b"other", contract="d")))
     until(lambda: len(joined._waiting) == 4)
     server.open.set()
     assert [future.result() for future in waiting] == [b"00", b"11", b"22", b"otherother"]
@@ -99,7 +104,7 @@ def test_where_calls_had_to_wait_fewer_are_under_way():
     joined = Join(Server(beside=2), 8, 5)
     limits = []
     for _ in range(12):
-        joined.ask(asked(b"a"))
+        ask(joined, asked(b"a"))
         limits.append(round(joined.limit, 2))
     assert limits[:3] == [6.4, 5.12, 4.1]
     assert limits[-2:] == [1, 1]
@@ -112,18 +117,18 @@ def test_it_grows_where_more_would_be_taken_up_at_once_and_only_where_more_are_t
 
     joined = Join(busy, 3, 5)
     joined.limit = 1.0
-    list(threads.map(lambda _: joined.ask(asked(b"a")), range(100)))
+    list(threads.map(lambda _: ask(joined, asked(b"a")), range(100)))
     assert joined.limit == 3
     joined = Join(busy, 64, 5)
     joined.limit = 2.0
     for _ in range(100):
-        joined.ask(asked(b"a"))
+        ask(joined, asked(b"a"))
     assert joined.limit == 2  # one at a time tells nothing of three
 
 
 def test_a_server_that_does_not_say_changes_nothing():
     joined = Join(Server(beside=0), 8, 5)
-    joined.ask(asked(b"a"))
+    ask(joined, asked(b"a"))
     assert joined.limit == 8
 
 
@@ -141,7 +146,7 @@ def test_a_call_that_fails_fails_for_each_with_an_error_of_its_own(threads):
     assert [(type(error), error.detail) for error in errors] == [(Unavailable, "gone")] * 4
     assert len({id(error) for error in errors}) == 4
     with pytest.raises(Unavailable):  # and its place is free again
-        joined.ask(asked(b"a"))
+        ask(joined, asked(b"a"))
 
 
 @pytest.mark.parametrize(("patience", "seconds"), [(5, 0.2), (0.2, 5)])
@@ -160,12 +165,42 @@ def test_nothing_is_asked_for_who_is_gone(threads):
     server = Server()
     joined = Join(server, 1, 5)
     _, (gone,) = held(server, joined, threads, 1, wanted=lambda: False)
-    there = threads.submit(joined.ask, asked(b"there"))
+    there = threads.submit(ask, joined, asked(b"there"))
     until(lambda: len(joined._waiting) == 2)
     server.open.set()
     assert there.result() == b"therethere"
     assert isinstance(gone.exception(), Abandoned)
     assert server.calls == [[b"first"], [b"there"]]
     with pytest.raises(Abandoned):
-        joined.ask(asked(b"alone", wanted=lambda: False))
-    assert joined.ask(asked(b"next")) == b"nextnext"
+        ask(joined, asked(b"alone", wanted=lambda: False))
+    assert ask(joined, asked(b"next")) == b"nextnext"
+
+
+def test_who_is_not_decoded_in_time_is_told_and_nothing_is_asked_for_it_later():
+    server = Server()
+    joined = Join(server, 1, 0.05)
+    late = asked(b"late", seconds=0.2)
+    began = time.monotonic()
+    with pytest.raises(Overloaded, match="waiting to be decoded"):
+        joined.outcome(late)
+    assert 0.2 <= time.monotonic() - began < 2  # longer than a decoded one would wait for its call
+    joined.put(late, b"late")
+    assert ask(joined, asked(b"next")) == b"nextnext"
+    assert server.calls == [[b"next"]]
+
+
+def test_who_is_decoded_while_it_waits_has_its_answer(threads):
+    server = Server()
+    joined = Join(server, 1, 0.05)
+    one = asked(b"")
+    answer = threads.submit(joined.outcome, one)
+    time.sleep(0.2)
+    joined.put(one, b"a")
+    assert answer.result() == b"aa"
+
+
+def test_why_it_could_not_be_decoded_is_raised():
+    joined, one = Join(Server(), 1, 5), asked(b"")
+    joined.fail(one, DamagedPicture("cut off"))
+    with pytest.raises(DamagedPicture, match="cut off"):
+        joined.outcome(one)

@@ -2,7 +2,6 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +19,7 @@ def gateway_model(torchserve):
 
 
 def ask(model, colour):
-    manifest, logits = model.predict(picture(colour), time.monotonic() + 5, lambda _: nullcontext())
+    manifest, logits = model.predict(picture(colour), time.monotonic() + 5, lambda *_: None)
     return manifest.version, manifest.classes[logits.argmax()]
 
 
@@ -86,7 +85,7 @@ def test_a_bad_picture_makes_no_call(torchserve, tiny):
     ask(model, "red")
     torchserve.calls.clear()
     with pytest.raises(errors.UnsupportedPicture):
-        model.predict(b"no picture", time.monotonic() + 5, lambda _: nullcontext())
+        model.predict(b"no picture", time.monotonic() + 5, lambda *_: None)
     assert not torchserve.calls
 
 

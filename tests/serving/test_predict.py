@@ -4,7 +4,7 @@ import base64
 import re
 import time
 
-import handler
+import gpu
 import numpy as np
 import pytest
 import requests
@@ -56,7 +56,7 @@ def test_onnx_agrees_with_pytorch(bundle, photos):
 def test_the_program_that_a_gpu_runs_agrees_with_onnx(bundle, photos):
     resize = manifest.read(bundle).input.resize
     pixels = np.stack([load(data, resize) for data, _ in photos[:6]])
-    found = handler.torch_runner(bundle, "cpu")(pixels)
+    found = gpu.eager(gpu.program(bundle, "cpu"), "cpu")(pixels)
     np.testing.assert_allclose(found, onnx_runner(bundle / "model.onnx")(pixels), rtol=0, atol=1e-4)
 
 
