@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
@@ -26,7 +27,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from bundle.cpus import whole_cpus
 from gateway import access, errors, schemas, telemetry
-from gateway.admission import Admission
+from gateway.admission import Admission, Place
 from gateway.client import Client, Split
 from gateway.errors import Problem
 from gateway.front import PLACE, READ_SECONDS, App, Environ, Front, wanted
@@ -206,7 +207,7 @@ def list_models() -> dict[str, Any]:
 
 
 def get_model(path: schemas.ModelPath) -> dict[str, Any]:
-    return schemas.describe(_gateway().model(path.name).current(g.deadline)).model_dump()
+    return schemas.describe(_gateway().model(path.name).current(g.call.deadline)).model_dump()
 
 
 def predict(query: schemas.PredictQuery) -> Response:
@@ -246,28 +247,28 @@ def _predict_json(model: Model, body: schemas.PredictRequest) -> Response:
 
 def _predict(model: Model, pictures: list[bytes], top_k: int | None, where: str = "") -> list[schemas.Prediction]:
     """Predictions for pictures, side by side; the first that fails fails the request and is named."""
-    gateway = _gateway()
-    if top_k and top_k > (most := len(model.manifest(g.deadline).classes)):
+    call: Call = g.call
+    if top_k and top_k > (most := len(model.manifest(call.deadline).classes)):
         raise errors.BadRequest(f"top_k: {top_k} is more than the {most} classes of {model.name}: send 1 to {most}")
-    g.place.holds(len(pictures))
-    tell, deadline, request_id = g.stages.add, g.deadline, g.request_id
-    there = functools.partial(wanted, request.environ)
+    if call.place:
+        call.place.holds(len(pictures))
+    there = functools.partial(wanted, call.environ)
 
     def ask(data: bytes) -> Any:
-        return model.predict(data, deadline, tell, request_id, there)
+        return model.predict(data, call.deadline, call.stages.add, call.request_id, there)
 
     with telemetry.IN_FLIGHT.track_inprogress():
         if len(pictures) == 1:
             answers = [_named(where, 0, lambda: ask(pictures[0]))]
         else:
-            running = [gateway.several.submit(ask, data) for data in pictures]
+            running = [_gateway().several.submit(ask, data) for data in pictures]
             try:
                 answers = [_named(where, i, future.result) for i, future in enumerate(running)]
             finally:
                 for future in running:
                     future.cancel()
     predictions = [schemas.decide(manifest, logits, top_k) for manifest, logits in answers]
-    g.answer = {"model": model.name, "digest": predictions[0].digest, "labels": [p.label for p in predictions]}
+    call.said |= {"model": model.name, "digest": predictions[0].digest, "labels": [p.label for p in predictions]}
     return predictions
 
 
@@ -282,7 +283,7 @@ def _named(where: str, i: int, get: Any) -> Any:
 
 def _info(model: Model) -> dict[str, Any]:
     try:
-        return schemas.describe(model.current(g.deadline)).model_dump()
+        return schemas.describe(model.current(g.call.deadline)).model_dump()
     except Problem:
         return schemas.ModelInfo(name=model.name, ready=False).model_dump(exclude_none=True)
 
@@ -303,28 +304,41 @@ def _json(answer: schemas.Prediction | schemas.PredictResponse) -> Response:
     return Response(answer.model_dump_json(), content_type="application/json")
 
 
+@dataclass
+class Call:
+    """What is known of the request under way: flask.g.call, since every look through a proxy of flask's costs."""
+
+    environ: Environ
+    request_id: str
+    deadline: float  # time.monotonic()
+    place: Place | None
+    started: float = field(default_factory=time.perf_counter)
+    stages: telemetry.Stages = field(default_factory=telemetry.Stages)
+    said: dict[str, Any] = field(default_factory=dict)  # for its log line
+    timed_out: bool = False
+
+
 def _begin() -> None:
-    g.started = time.perf_counter()
-    g.deadline = time.monotonic() + _gateway().settings.deadline_seconds
-    g.request_id = _request_id(request.headers.get("X-Request-Id", ""))
-    g.stages = telemetry.Stages()
-    g.place = request.environ.get(PLACE)
-    if request.method == "POST":
-        g.stages.add("read", request.environ[READ_SECONDS])
+    environ = request.environ
+    deadline = time.monotonic() + _gateway().settings.deadline_seconds
+    g.call = call = Call(environ, _request_id(environ.get("HTTP_X_REQUEST_ID", "")), deadline, environ.get(PLACE))
+    if environ["REQUEST_METHOD"] == "POST":
+        call.stages.add("read", environ[READ_SECONDS])
 
 
 def _finish(response: Response) -> Response:
-    if g.place:
-        g.place.leave(tells=response.status_code == 200 or g.get("timed_out", False))
-    response.headers["X-Request-Id"] = g.request_id
+    call: Call = g.call
+    if call.place:
+        call.place.leave(tells=response.status_code == 200 or call.timed_out)
+    response.headers["X-Request-Id"] = call.request_id
     response.headers["X-Content-Type-Options"] = "nosniff"
-    route, status, stages = request.url_rule.rule if request.url_rule else "other", response.status_code, g.stages
-    if request.method == "POST":
-        stages.add("request", time.perf_counter() - g.started)
+    rule, method, status, stages = request.url_rule, call.environ["REQUEST_METHOD"], response.status_code, call.stages
+    route = rule.rule if rule else "other"
+    if method == "POST":
+        stages.add("request", time.perf_counter() - call.started)
     fields: dict[str, Any] = {}
     if status != 200 or route not in ("/healthz", "/readyz", "/metrics", _gateway().settings.health_route):
-        found = g.get("answer", {}) | g.get("problem", {})
-        fields = _line(g.request_id, request.method, request.path, status, request.content_length or 0, found)
+        fields = _line(call.request_id, method, request.path, status, request.content_length or 0, call.said)
         fields["stages_ms"] = stages.milliseconds
     telemetry.later(functools.partial(telemetry.answered, time.time(), route, status, stages.milliseconds, fields))
     return response
@@ -340,9 +354,10 @@ def _request_id(given: str) -> str:
 
 
 def _problem(problem: Problem) -> Response:
-    g.problem = {"problem": problem.detail} | ({"cause": problem.cause} if problem.cause else {})
-    g.timed_out = isinstance(problem, errors.TimedOut)
-    return _response(problem, g.request_id)
+    call: Call = g.call
+    call.said |= {"problem": problem.detail} | ({"cause": problem.cause} if problem.cause else {})
+    call.timed_out = isinstance(problem, errors.TimedOut)
+    return _response(problem, call.request_id)
 
 
 def _told(problem: Problem, request_id: str) -> tuple[bytes, dict[str, str]]:
@@ -391,7 +406,7 @@ def _http(exc: HTTPException) -> Response | HTTPException:
 
 
 def _unexpected(exc: Exception) -> Response:
-    telemetry.log.error("unexpected", exc_info=exc, extra={"request_id": g.request_id})
+    telemetry.log.error("unexpected", exc_info=exc, extra={"request_id": g.call.request_id})
     return _problem(Problem("an error of ours, logged under this request_id"))
 
 

@@ -164,7 +164,10 @@ def _over(conn: Any, before: Any) -> bool:
 
 
 def _whole(sock: Any) -> bool:
-    """Whether a request has come to its end, so that reading it does not wait. False where that is not easily seen."""
+    """Whether a request has come to its end, so that reading it does not wait. False where that is not easily seen,
+    and where nobody need know."""
+    if not turn.needed:
+        return False
     try:
         head = sock.recv(HEAD, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except OSError:

@@ -54,7 +54,7 @@ def runner(folder: Path, device: str, shape: tuple[int, int, int], classes: int,
         try:
             fast.verify(verify, ROUNDINGS * torch.finfo(cast).eps)
         except BundleError as exc:
-            print(f"{folder.name}: float32 is served, not {cast}: {exc}", file=sys.stderr, flush=True)
+            print(f"float32 is served, not {cast}: {exc}", file=sys.stderr, flush=True)
         else:
             return lambda pixels: _mended(fast(pixels), pixels, exact)
     graphs = Graphs(fold(module), device, shape, classes)

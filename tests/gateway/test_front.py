@@ -120,7 +120,9 @@ def test_reading_takes_no_place():
 def test_nothing_is_decoded_or_asked_for_a_client_that_hung_up(torchserve, tiny):
     torchserve.models["tiny"] = tiny["1"]
     client = create_app(Settings(models=("tiny",), model_server=torchserve.target)).test_client()
-    ours, theirs = socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        ours, _ = server.accept()
     there = {"gunicorn.socket": ours}
     assert client.post("/predict", data=picture("red"), environ_overrides=there).status_code == 200
     theirs.sendall(b"POST /predict")  # its next request is no sign of having left

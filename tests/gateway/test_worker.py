@@ -1,9 +1,11 @@
 """Whether a request is here whole, from what lies in the socket: reading a whole one never waits."""
 
 import socket
+import time
 
 import pytest
 
+from gateway.turn import turn
 from gateway.worker import _whole
 
 POST = b"POST /predict HTTP/1.1\r\nHost: kennel\r\n"
@@ -28,12 +30,15 @@ POST = b"POST /predict HTTP/1.1\r\nHost: kennel\r\n"
         (POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", False),
     ],
 )
-def test_what_lies_in_the_socket(sent, whole):
+def test_what_lies_in_the_socket(sent, whole, monkeypatch):
+    monkeypatch.setattr(turn, "_until", time.monotonic() + 60)  # there are refusals
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         theirs.sendall(sent)
         assert _whole(ours) is whole
+        monkeypatch.setattr(turn, "_until", 0.0)
+        assert _whole(ours) is False  # nobody need know
         theirs.close()
         got = b""
         while data := ours.recv(1 << 16):  # looking took nothing away
