@@ -132,8 +132,8 @@ def whole(loads: Sequence[tuple[str, int, int]], seconds: float) -> dict[str, An
     found: dict[str, Any] = {}
     with contenders.running(ours, photos[0], HOME / "gpu.log") as server:
         found["start_s"] = server.start_seconds
-        commands = [process.cmdline() for process in server.tree()]
-        port = next(command[command.index("--grpc-port") + 1] for command in commands if "--grpc-port" in command)
+        words = list(map(str, server.process.args))  # type: ignore[arg-type]
+        port = words[words.index("--grpc-port") + 1]
         for kind, count, clients in loads:
             target = ["--grpc", f"127.0.0.1:{port}", "--bundle", BUNDLES / DEFAULT]
             if kind == "http":
@@ -167,6 +167,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="photographs for which float16's answers are compared")
     parser.add_argument("--loads", nargs="*", default=["grpc:4:64", "http:4:64"], help="grpc or http:processes:clients")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} sees no GPU here: TORCH=cuda make run installs the build that can")
     machine = {"gpu": torch.cuda.get_device_name(), "cpus": whole_cpus(), "torch": torch.__version__}
     found: dict[str, Any] = {"machine": machine, "loops": in_process(args.seconds, args.rounds)}
     for batch, results in found["loops"].items():
