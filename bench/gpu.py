@@ -152,7 +152,8 @@ def load(server: Server, target: Sequence[Any], count: int, clients: int, second
         common = [sys.executable, "-m", "capacity.load", *target, "--clients", str(clients), "--seconds", str(seconds)]
         before = processes.cpu(server.tree())
         running = [subprocess.Popen([*common, "--log", log], cwd=ROOT, stdout=subprocess.DEVNULL) for log in logs]
-        if any(process.wait() for process in running):
+        codes = [process.wait() for process in running]
+        if any(codes):
             raise SystemExit("a load generator failed")
         cost = processes.spent(before, processes.cpu(server.tree()))
         rows = [row for log in logs for row in figures.read(log)]

@@ -27,7 +27,9 @@ def gpus(devices: Path = Path("/dev")) -> int:
         able = not importlib.metadata.version("torch").endswith("+cpu")
     except importlib.metadata.PackageNotFoundError:
         able = False
-    return len(list(devices.glob("nvidia[0-9]*"))) if able else 0
+    found = len(list(devices.glob("nvidia[0-9]*"))) if able else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return found if visible is None else min(found, len(list(filter(None, visible.split(",")))))
 
 
 def _quota(cgroup: Path) -> tuple[int, int]:

@@ -22,7 +22,7 @@ def record(folder: Path, pixels: Pixels, run: Run) -> None:
 def check(folder: Path, run: Run, classes: int, tolerance: float, close: float = 0) -> None:
     """Raises BundleError where `run` does not give the recorded logits, each within `tolerance`.
 
-    close: or within this part of the difference between a picture's largest and smallest, for coarser arithmetic.
+    close: or within this part of the largest difference between two logits of a picture, for coarser arithmetic.
     """
     try:
         # Opened here: where the zip is damaged, np.load would leave its file open.
@@ -34,16 +34,17 @@ def check(folder: Path, run: Run, classes: int, tolerance: float, close: float =
         raise BundleError(f"{GOLDEN}: has pixels {pixels.dtype} {pixels.shape}, not uint8 [N, H, W, 3]")
     if expected.dtype.kind != "f" or expected.shape != (len(pixels), classes):
         raise BundleError(f"{GOLDEN}: has logits {expected.dtype} {expected.shape} for {classes} classes")
+    most = max(tolerance, close * float(np.ptp(expected, axis=1).max()))
     for start in range(0, len(pixels), 4):  # in more than one batch: its size must not matter
         got, right = run(pixels[start : start + 4]), expected[start : start + 4]
         if got.shape != right.shape:
             raise BundleError(f"the model answers with shape {got.shape}, {GOLDEN} has {classes} classes")
-        off, most = np.abs(got - right).max(axis=1), np.maximum(tolerance, close * np.ptp(right, axis=1))
+        off = np.abs(got - right).max(axis=1)
         if not (off <= most).all():  # not (<=): NaN must fail too
-            worst = int(np.argmax(np.nan_to_num(off - most, nan=np.inf)))
+            worst = int(np.argmax(np.nan_to_num(off, nan=np.inf)))
             raise BundleError(
                 f"the model does not give the answers recorded in {GOLDEN}: picture {start + worst}: "
-                f"logits differ by {off[worst]:.4g}, more than {most[worst]:g}"
+                f"logits differ by {off[worst]:.4g}, more than {most:g}"
             )
 
 

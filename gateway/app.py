@@ -3,6 +3,7 @@
 import base64
 import binascii
 import contextlib
+import copy
 import functools
 import os
 import re
@@ -31,6 +32,7 @@ from gateway.admission import Admission, Place
 from gateway.client import Client, Split
 from gateway.errors import Problem
 from gateway.front import PLACE, READ_SECONDS, App, Environ, Front, wanted
+from gateway.join import told
 from gateway.models import Model
 from gateway.settings import Settings
 
@@ -255,15 +257,18 @@ def _predict(model: Model, pictures: list[bytes], top_k: int | None, where: str 
     there = functools.partial(wanted, call.environ)
 
     def ask(data: bytes) -> Any:
-        return model.predict(data, call.deadline, call.stages.add, call.request_id, there)
+        try:
+            return model.predict(data, call.deadline, call.stages.add, call.request_id, there)
+        except Problem as exc:
+            return told(exc)  # raised by the request's own thread
 
     with telemetry.IN_FLIGHT.track_inprogress():
         if len(pictures) == 1:
-            answers = [_named(where, 0, lambda: ask(pictures[0]))]
+            answers = [_named(where, 0, ask(pictures[0]))]
         else:
             running = [_gateway().several.submit(ask, data) for data in pictures]
             try:
-                answers = [_named(where, i, future.result) for i, future in enumerate(running)]
+                answers = [_named(where, i, future.result()) for i, future in enumerate(running)]
             finally:
                 for future in running:
                     future.cancel()
@@ -272,13 +277,12 @@ def _predict(model: Model, pictures: list[bytes], top_k: int | None, where: str 
     return predictions
 
 
-def _named(where: str, i: int, get: Any) -> Any:
-    """What `get` gives; a Problem of the i-th picture says so."""
-    try:
-        return get()
-    except Problem as exc:
-        exc.detail = where.format(i) + exc.detail
-        raise
+def _named(where: str, i: int, found: Any) -> Any:
+    """The answer; a Problem of the i-th picture is raised and says so."""
+    if isinstance(found, Problem):
+        found.detail = where.format(i) + found.detail
+        raise copy.copy(found)  # the one that is found here must not have this frame
+    return found
 
 
 def _info(model: Model) -> dict[str, Any]:

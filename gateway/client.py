@@ -153,11 +153,12 @@ class Client:
         try:
             response = self._connected()(request, timeout=remaining, metadata=(("x-request-id", request_id),))
         except grpc.RpcError as exc:
-            found = problem(exc.code(), exc.details() or "")
-            found.cause = f"{exc.code().name}: {exc.details()}"
-            raise found from exc
-        prediction: bytes = response.prediction
-        return prediction
+            code, details = exc.code(), exc.details() or ""
+        else:
+            prediction: bytes = response.prediction
+            return prediction
+        # Here and without a name: with gRPC's error, or as a local, it would hold the request in a circle.
+        raise problem(code, details)
 
     def _connected(self) -> Any:
         with self._lock:
@@ -212,6 +213,12 @@ _CODES: dict[grpc.StatusCode, Callable[[str], Problem]] = {
 
 def problem(code: grpc.StatusCode, details: str) -> Problem:
     """A gRPC status and its message -> our error. Codes without a meaning here become BadAnswer."""
+    found = _meant(code, details)
+    found.cause = f"{code.name}: {details}"
+    return found
+
+
+def _meant(code: grpc.StatusCode, details: str) -> Problem:
     for part, make in _MESSAGES:
         if part in details:
             return make(details)

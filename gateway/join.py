@@ -48,6 +48,11 @@ class Asked:
         self.until = self.deadline
 
 
+def told(why: BaseException) -> BaseException:
+    """A Problem without its traceback, whose frames have the pictures, and it: a circle."""
+    return why.with_traceback(None) if isinstance(why, Problem) else why
+
+
 # Makes one call for pictures of one contract -> the outcome of each, an exception where it failed; and how many calls
 # had waited at the model server to be taken up together with it, 0 where nobody knows.
 Call = Callable[[Sequence[Asked]], tuple[Sequence[Any], int]]
@@ -75,8 +80,7 @@ class Join:
 
     def fail(self, asked: Asked, why: Exception) -> None:
         """By whoever could not decode it."""
-        # With its traceback, whose frame has the picture, it would be a circle.
-        asked.outcome = why.with_traceback(None) if isinstance(why, Problem) else why
+        asked.outcome = told(why)
         asked.turn.set()
 
     def outcome(self, asked: Asked) -> Any:
@@ -120,7 +124,7 @@ class Join:
             if wanted:
                 outcomes, beside = self._call(wanted)
         except BaseException as exc:
-            outcomes = [exc] * len(wanted)
+            outcomes = [told(exc)] * len(wanted)
         with self._lock:
             if beside > 1:
                 self.limit = max(1.0, self.limit * SHRINK)

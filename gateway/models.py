@@ -19,7 +19,7 @@ from bundle.manifest import BundleError, Manifest, parse
 from gateway import errors
 from gateway.client import Client, Split
 from gateway.errors import Problem
-from gateway.join import UNDECODED, Asked, Join
+from gateway.join import UNDECODED, Asked, Join, told
 
 KEPT = 8  # manifests a model: more versions than a rollout ever has side by side
 CALLS = 64  # of a model under way at once, at most
@@ -120,7 +120,8 @@ class Model:
         try:
             return picture.load(data, manifest.input.resize, self._max_pixels).data.cast("B")
         except picture.PictureError as exc:
-            raise errors.of_picture(exc) from exc
+            problem = errors.of_picture(exc)
+        raise problem  # not within: as its context, the picture's error would keep the frames that it went through
 
     def _together(self, asked: Sequence[Asked]) -> tuple[list[Any], int]:
         """One call for pictures of one contract -> manifest and logits of each; none where another version answered."""
@@ -134,7 +135,7 @@ class Model:
             try:
                 outcomes.append((manifest, self._logits(manifest, answer, i)))
             except Problem as exc:
-                outcomes.append(exc)
+                outcomes.append(told(exc))
         return outcomes, answer.beside
 
     def _logits(self, manifest: Manifest, answer: wire.Answer, i: int) -> NDArray[np.float32] | None:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle import golden, manifest, wire
+from bundle.cpus import gpus
 from bundle.picture import Pixels
 
 Request = Mapping[str, bytes | bytearray]
@@ -180,6 +181,8 @@ def handle(data: list[Request] | None, context: Any) -> list[bytes] | None:
         properties = context.system_properties
         try:
             gpu = properties.get("gpu_id")
+            if gpu is None and gpus():
+                print("there is a GPU, but TorchServe found none: is nvidia-smi missing?", file=sys.stderr, flush=True)
             _model = Model(Path(properties["model_dir"]), "cpu" if gpu is None else f"cuda:{gpu}")
         except manifest.BundleError as exc:
             # TorchServe logs what a worker writes to stderr as a warning, and tracebacks as mere information.

@@ -207,7 +207,7 @@ def configuration(settings: Settings, models: Mapping[str, str]) -> str:
         "load_models": ",".join(f"{name}={name}.mar" for name in models),
         "models": json.dumps({name: {version: per_worker} for name, version in models.items()}),
         "default_workers_per_model": workers(settings),
-        "number_of_gpu": gpus(),  # else TorchServe asks nvidia-smi alone, which knows nothing of torch
+        "number_of_gpu": gpus(),  # at most: nvidia-smi, which TorchServe asks, knows nothing of torch
         "job_queue_size": settings.queue_size,
         "max_request_size": 64 << 20,
         "max_response_size": 64 << 20,

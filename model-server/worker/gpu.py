@@ -10,6 +10,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +41,40 @@ def runner(folder: Path, device: str, shape: tuple[int, int, int], classes: int,
     """The fastest way to run the bundle on a CUDA device that gives its golden answers: pixels of `shape` -> logits.
 
     PRECISION: fp16, bf16 or fp32. Whatever it is, float32 must give the bundle's answers to the bundle's own tolerance,
-    serves where the other is not close to them, and answers for a picture that leaves float16's range.
-    Raises BundleError.
+    serves where the other is not close to them, and answers for a picture that leaves float16's range. What no CUDA
+    graph can be made of is run kernel by kernel. Raises BundleError.
     """
     module = program(folder, device)
     exact = eager(module, device)
     torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     verify(exact, 0)
-    cast = CASTS.get(os.environ.get("PRECISION", "fp16"))
-    if cast:
-        fast = Graphs(mixed(fold(copy.deepcopy(module)), cast), device, shape, classes, cast)
+    cast = CASTS.get(os.environ.get("PRECISION", "fp16"), torch.float32)
+    for kind in dict.fromkeys((cast, torch.float32)):
         try:
-            fast.verify(verify, ROUNDINGS * torch.finfo(cast).eps)
-        except BundleError as exc:
-            print(f"float32 is served, not {cast}: {exc}", file=sys.stderr, flush=True)
-        else:
-            return lambda pixels: _mended(fast(pixels), pixels, exact)
-    graphs = Graphs(fold(module), device, shape, classes)
-    graphs.verify(verify, 0)
+            graphs = _verified(mixed(fold(copy.deepcopy(module)), kind), device, shape, classes, kind, verify)
+            return partial(_mended, graphs, exact)
+        except Exception as exc:  # not close enough, no memory, or what capturing does not bear: torch has many names
+            print(f"not served as CUDA graphs of {kind}: {exc}", file=sys.stderr, flush=True)
+        torch.cuda.empty_cache()
+    return exact
+
+
+def _verified(
+    module: fx.GraphModule,
+    device: str,
+    shape: tuple[int, int, int],
+    classes: int,
+    kind: torch.dtype,
+    verify: Verify,
+) -> Run:
+    graphs = Graphs(module, device, shape, classes, kind)
+    graphs.verify(verify, 0 if kind is torch.float32 else ROUNDINGS * torch.finfo(kind).eps)
     return graphs
 
 
-def _mended(logits: NDArray[np.float32], pixels: Pictures, exact: Run) -> NDArray[np.float32]:
+def _mended(graphs: Run, exact: Run, pixels: Pictures) -> NDArray[np.float32]:
+    logits = graphs(pixels)
     for i in map(int, np.flatnonzero(~np.isfinite(logits).all(axis=1))):
         logits[i] = exact(pixels[i : i + 1])
     return logits
@@ -100,7 +112,9 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
     for node in module.graph.find_nodes(op="call_function", target=ATEN.conv2d.default):
         values = _arguments(node)
         after, before = list(node.users), values["input"]
-        if len(after) == 1 and after[0].target is ATEN.batch_norm.default:
+        if not _stored(values["weight"], values["bias"]):
+            continue
+        if len(after) == 1 and after[0].target is ATEN.batch_norm.default and _stored(*after[0].args[1:5]):
             norm = _arguments(after[0])
             mean, variance, scale, shift = (
                 _tensor(module, norm[name]) for name in ("running_mean", "running_var", "weight", "bias")
@@ -128,6 +142,8 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
 def mixed(module: fx.GraphModule, cast: torch.dtype) -> fx.GraphModule:
     """To be run under autocast, in place: weights of that type from the start, the classifier in float32.
 
+    Weights that are computed stay as they are: autocast casts them at every run.
+
     Its logits would otherwise be rounded, after a sum that costs nothing beside the convolutions.
     """
     convolutions, products, linears = (
@@ -136,7 +152,7 @@ def mixed(module: fx.GraphModule, cast: torch.dtype) -> fx.GraphModule:
     )
     for node in [*convolutions, *products, *linears[:-1]]:
         for part in node.args[1:3]:
-            if part is not None:
+            if part is not None and part.op == "get_attr":
                 parameter = operator.attrgetter(part.target)(module)
                 layout = torch.channels_last if parameter.dim() == 4 else torch.preserve_format
                 parameter.data = parameter.data.to(cast, memory_format=layout)
@@ -232,6 +248,11 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     names = node.target._schema.arguments  # type: ignore[union-attr]
     given = dict(zip((each.name for each in names), node.args, strict=False)) | node.kwargs
     return {each.name: given.get(each.name, each.default_value) for each in names}
+
+
+def _stored(*nodes: Any) -> bool:
+    """Whether each is a parameter, a buffer or none, and not computed."""
+    return all(node is None or node.op == "get_attr" for node in nodes)
 
 
 def _tensor(module: fx.GraphModule, node: fx.Node | None) -> Any:

@@ -67,4 +67,8 @@ def test_gpus_are_those_that_the_installed_torch_can_use(
     monkeypatch.setattr("importlib.metadata.version", version)
     for name in ("nvidia0", "nvidia11", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    assert cpus.gpus(tmp_path) == found
+    for visible, most in ((None, 2), ("1", 1), ("0,1,2", 2), ("", 0)):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert cpus.gpus(tmp_path) == min(found, most)

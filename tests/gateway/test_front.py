@@ -1,13 +1,15 @@
 """What is refused before Flask, what it costs, and what is left behind."""
 
+import base64
 import gc
 import io
 import socket
 
+import grpc
 import pytest
 from tiny import picture
 
-from gateway import front
+from gateway import errors, front
 from gateway.access import Access
 from gateway.admission import Admission, Place
 from gateway.app import create_app
@@ -143,26 +145,37 @@ def test_neither_an_answer_nor_a_refusal_leaves_anything_to_the_garbage_collecto
     client = app.test_client()
     admission = app.extensions["gateway"].admission
 
-    def left(status):
-        ask = lambda: client.post("/predict", data=picture("red"))  # noqa: E731
+    def left(status, ask=lambda: client.post("/predict", data=picture("red"))):
         assert ask().status_code == status
         gc.collect()
         gc.set_debug(gc.DEBUG_SAVEALL)
         try:
             assert ask().status_code == status
             gc.collect()
-            return {type(thing).__name__ for thing in gc.garbage} & {
+            kept = {
                 "frame",
                 "traceback",
                 "Asked",
-                "Overloaded",
                 "Place",
+                *(kind.__name__ for kind in errors.Problem.__subclasses__()),
             }
+            return {type(thing).__name__ for thing in gc.garbage} & kept
         finally:
             gc.set_debug(0)
             gc.garbage.clear()
 
+    def fails():
+        torchserve.fail.append((grpc.StatusCode.INTERNAL, "Worker died."))
+        return client.post("/predict", data=picture("red"))
+
+    def several():
+        pictures = [{"b64": base64.b64encode(data).decode()} for data in (picture("red"), b"no picture")]
+        return client.post("/v1/models/tiny:predict", json={"instances": pictures})
+
     assert left(200) == set()
+    assert left(415, lambda: client.post("/predict", data=b"no picture")) == set()
+    assert left(503, fails) == set()
+    assert left(415, several) == set()
     place = admission.enter("10.0.0.1")
     assert left(503) == set()
     place.leave()
