@@ -5,7 +5,6 @@ CUDA graph launches them all at once, copies between host and GPU included. A co
 the image holds none, and what AOTInductor compiles ahead is for one generation of GPUs where a bundle is for any.
 """
 
-import copy
 import operator
 import os
 import sys
@@ -44,15 +43,14 @@ def runner(folder: Path, device: str, shape: tuple[int, int, int], classes: int,
     serves where the other is not close to them, and answers for a picture that leaves float16's range. What no CUDA
     graph can be made of is run kernel by kernel. Raises BundleError.
     """
-    module = program(folder, device)
-    exact = eager(module, device)
+    exact = eager(program(folder, device), device)
     torch.cuda.set_device(device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     verify(exact, 0)
     cast = CASTS.get(os.environ.get("PRECISION", "fp16"), torch.float32)
     for kind in dict.fromkeys((cast, torch.float32)):
         try:
-            graphs = _verified(mixed(fold(copy.deepcopy(module)), kind), device, shape, classes, kind, verify)
+            graphs = _verified(mixed(fold(program(folder, device)), kind), device, shape, classes, kind, verify)
             return partial(_mended, graphs, exact)
         except Exception as exc:  # not close enough, no memory, or what capturing does not bear: torch has many names
             print(f"not served as CUDA graphs of {kind}: {exc}", file=sys.stderr, flush=True)

@@ -124,6 +124,55 @@ def test_a_program_that_cannot_be_loaded_is_refused(tmp_path):
         gpu.program(tmp_path, "cpu")
 
 
+class Emulated:
+    """gpu.Graphs on a CPU: the same arithmetic, kernel by kernel."""
+
+    def __init__(self, module, device, shape, classes, cast):
+        self._run, self._cast = gpu.eager(module, device), cast
+
+    def __call__(self, pixels):
+        with torch.autocast("cpu", self._cast, enabled=self._cast != torch.float32):
+            return self._run(pixels)
+
+    def verify(self, verify, close):
+        verify(self, close)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """What `runner` chooses for a bundle without a GPU."""
+    monkeypatch.setattr(gpu, "Graphs", Emulated)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+
+    def choose(folder, precision="fp16"):
+        monkeypatch.setenv("PRECISION", precision)
+        verify = lambda run, close: golden.check(folder, run, len(CLASSES), 1e-3, close)  # noqa: E731
+        return gpu.runner(folder, "cpu", SHAPE, len(CLASSES), verify)(golden.draw(5, *SHAPE[:2]))
+
+    return choose
+
+
+def test_the_precision_that_is_set_runs_where_it_is_close(bundle, run, capsys):
+    exact = gpu.eager(gpu.program(bundle, "cpu"), "cpu")(golden.draw(5, *SHAPE[:2]))
+    away = [float(np.abs(run(bundle, precision) - exact).max()) for precision in ("bf16", "fp16", "fp32")]
+    assert away[0] > 2 * away[1] > 20 * away[2]
+    assert not capsys.readouterr().err
+
+
+def test_where_it_is_not_float32_runs_and_says_so(tmp_path, run, capsys):
+    folder = made(tmp_path / "loud", 1e6)
+    exact = gpu.eager(gpu.program(folder, "cpu"), "cpu")(golden.draw(5, *SHAPE[:2]))
+    np.testing.assert_allclose(run(folder), exact, rtol=0, atol=1e-3)
+    assert "not served as CUDA graphs of torch.float16: the model does not give the answers" in capsys.readouterr().err
+
+
+def test_what_no_graph_can_be_made_of_runs_kernel_by_kernel(bundle, run, monkeypatch, capsys):
+    monkeypatch.setattr(Emulated, "__init__", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    exact = gpu.eager(gpu.program(bundle, "cpu"), "cpu")(golden.draw(5, *SHAPE[:2]))
+    np.testing.assert_array_equal(run(bundle), exact)
+    assert capsys.readouterr().err.count("out of memory") == 2
+
+
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 def test_every_number_of_pictures_gets_its_own_answers(bundle, monkeypatch, precision, capsys):
