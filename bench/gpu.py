@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bench import contenders, figures, processes
 from bench.contenders import HOME, Server
-from bench.prepare import photographs
+from bench.prepare import jpegs, photographs
 from bundle import golden
 from bundle.cpus import whole_cpus
 from bundle.picture import load as load_picture
@@ -128,7 +128,7 @@ def closeness(photos: Sequence[Path]) -> dict[str, dict[str, float]]:
 
 def whole(loads: Sequence[tuple[str, int, int]], seconds: float) -> dict[str, Any]:
     """Images/s, times and CPU of each of loads: "grpc" or "http", processes, clients of each."""
-    (ours,), photos = (c for c in contenders.ALL if c.name == "ours"), photographs(None)["small"]
+    ours, photos = next(c for c in contenders.ALL if c.ours), photographs(None)["small"]
     found: dict[str, Any] = {}
     with contenders.running(ours, photos[0], HOME / "gpu.log") as server:
         found["start_s"] = server.start_seconds
@@ -177,10 +177,10 @@ def main() -> None:
             middle, low, high = statistics.median(values), min(values), max(values)
             print(f"{batch} at a time, {name}: {middle:.0f} images/s ({low:.0f} to {high:.0f}, n={len(values)})")
     if args.data:
-        found["closeness"] = closeness(sorted(p for p in args.data.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg")))
+        found["closeness"] = closeness(jpegs(args.data))
         print(found["closeness"])
-    split = [load.split(":") for load in args.loads]
-    found["whole"] = whole([(kind, int(count), int(clients)) for kind, count, clients in split], args.seconds)
+    loads = [(kind, int(count), int(clients)) for kind, count, clients in (each.split(":") for each in args.loads)]
+    found["whole"] = whole(loads, args.seconds)
     (HOME / "gpu.json").write_text(json.dumps(found, indent=1))
 
 

@@ -24,10 +24,14 @@ SMALL, LARGE = (533, 400), (4032, 3024)  # width and height of the photographs: 
 PHOTOS = 4  # small ones, sent in turn
 
 
+def jpegs(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+
+
 def photographs(folder: Path | None) -> dict[str, list[Path]]:
     """Small ones and one of 12 megapixels, under build/bench/photos: from a folder, or drawn where there is none."""
     folder = folder or ROOT.parent / "shared" / "data" / "photos"
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg")) if folder.is_dir() else []
+    found = jpegs(folder) if folder.is_dir() else []
     target = HOME / "photos"
     target.mkdir(parents=True, exist_ok=True)
     step = max(1, len(found) // PHOTOS)

@@ -32,7 +32,6 @@ from gateway.admission import Admission, Place
 from gateway.client import Client, Split
 from gateway.errors import Problem
 from gateway.front import PLACE, READ_SECONDS, App, Environ, Front, wanted
-from gateway.join import told
 from gateway.models import Model
 from gateway.settings import Settings
 
@@ -260,7 +259,7 @@ def _predict(model: Model, pictures: list[bytes], top_k: int | None, where: str 
         try:
             return model.predict(data, call.deadline, call.stages.add, call.request_id, there)
         except Problem as exc:
-            return told(exc)  # raised by the request's own thread
+            return errors.untraced(exc)  # raised by the request's own thread
 
     with telemetry.IN_FLIGHT.track_inprogress():
         if len(pictures) == 1:

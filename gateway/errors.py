@@ -1,5 +1,7 @@
 """Everything that can go wrong, as RFC 9457 problem details: the one place where HTTP statuses are chosen."""
 
+from typing import Any
+
 from bundle import picture
 
 
@@ -21,6 +23,11 @@ class Problem(Exception):
     def type(self) -> str:
         """A URI reference that names the kind of problem."""
         return "/problems/" + self.title.lower().replace(" ", "-")
+
+
+def untraced(outcome: Any) -> Any:
+    """For another thread: a Problem without its traceback. The frames in it have the pictures, and it: a circle."""
+    return outcome.with_traceback(None) if isinstance(outcome, Problem) else outcome
 
 
 class BadRequest(Problem):

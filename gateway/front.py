@@ -129,11 +129,11 @@ def _announced(environ: Environ) -> int | None:
 def wanted(environ: Environ) -> bool:
     """Whether the client is still there: its side of gunicorn's socket has not been closed."""
     try:
-        if (
-            sys.platform == "linux"
-        ):  # tcpi_state of linux/tcp.h; unlike recv it does not let go of the interpreter's lock
-            return bool(environ["gunicorn.socket"].getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == ESTABLISHED)
-        return bool(environ["gunicorn.socket"].recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        sock: socket.socket = environ["gunicorn.socket"]
+        if sys.platform == "linux":
+            # tcpi_state of linux/tcp.h: unlike recv, asking for it does not let go of the interpreter's lock.
+            return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == ESTABLISHED
+        return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
     except (KeyError, BlockingIOError, InterruptedError):
         return True
     except OSError:

@@ -20,7 +20,7 @@ from typing import Any
 
 from bundle.wire import Bytes
 from gateway.client import SLOW
-from gateway.errors import Abandoned, Overloaded, Problem, TimedOut
+from gateway.errors import Abandoned, Overloaded, TimedOut, untraced
 
 PICTURES = 8  # a call: beyond it nothing is won, and all wait for the last one
 BYTES = 4 << 20  # a call, likewise: for large inputs
@@ -46,11 +46,6 @@ class Asked:
 
     def __post_init__(self) -> None:
         self.until = self.deadline
-
-
-def told(why: BaseException) -> BaseException:
-    """A Problem without its traceback, whose frames have the pictures, and it: a circle."""
-    return why.with_traceback(None) if isinstance(why, Problem) else why
 
 
 # Makes one call for pictures of one contract -> the outcome of each, an exception where it failed; and how many calls
@@ -80,7 +75,7 @@ class Join:
 
     def fail(self, asked: Asked, why: Exception) -> None:
         """By whoever could not decode it."""
-        asked.outcome = told(why)
+        asked.outcome = untraced(why)
         asked.turn.set()
 
     def outcome(self, asked: Asked) -> Any:
@@ -124,7 +119,7 @@ class Join:
             if wanted:
                 outcomes, beside = self._call(wanted)
         except BaseException as exc:
-            outcomes = [told(exc)] * len(wanted)
+            outcomes = [exc] * len(wanted)
         with self._lock:
             if beside > 1:
                 self.limit = max(1.0, self.limit * SHRINK)
@@ -133,5 +128,5 @@ class Join:
             self._calls -= 1
             self._start()
         for asked, outcome in [*zip(wanted, outcomes, strict=True), *((asked, Abandoned()) for asked in gone)]:
-            asked.outcome = outcome
+            asked.outcome = untraced(outcome)
             asked.turn.set()

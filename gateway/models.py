@@ -19,7 +19,7 @@ from bundle.manifest import BundleError, Manifest, parse
 from gateway import errors
 from gateway.client import Client, Split
 from gateway.errors import Problem
-from gateway.join import UNDECODED, Asked, Join, told
+from gateway.join import UNDECODED, Asked, Join
 
 KEPT = 8  # manifests a model: more versions than a rollout ever has side by side
 CALLS = 64  # of a model under way at once, at most
@@ -135,7 +135,7 @@ class Model:
             try:
                 outcomes.append((manifest, self._logits(manifest, answer, i)))
             except Problem as exc:
-                outcomes.append(told(exc))
+                outcomes.append(exc)
         return outcomes, answer.beside
 
     def _logits(self, manifest: Manifest, answer: wire.Answer, i: int) -> NDArray[np.float32] | None:

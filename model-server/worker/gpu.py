@@ -66,6 +66,7 @@ def _verified(
     kind: torch.dtype,
     verify: Verify,
 ) -> Run:
+    """Apart, so that nothing is left of graphs that failed when others are made."""
     graphs = Graphs(module, device, shape, classes, kind)
     graphs.verify(verify, 0 if kind is torch.float32 else ROUNDINGS * torch.finfo(kind).eps)
     return graphs
@@ -140,9 +141,8 @@ def fold(module: fx.GraphModule) -> fx.GraphModule:
 def mixed(module: fx.GraphModule, cast: torch.dtype) -> fx.GraphModule:
     """To be run under autocast, in place: weights of that type from the start, the classifier in float32.
 
-    Weights that are computed stay as they are: autocast casts them at every run.
-
-    Its logits would otherwise be rounded, after a sum that costs nothing beside the convolutions.
+    Its logits would otherwise be rounded, after a sum that costs nothing beside the convolutions. Weights that are
+    computed stay as they are: autocast casts them at every run.
     """
     convolutions, products, linears = (
         module.graph.find_nodes(op="call_function", target=target)
@@ -150,8 +150,8 @@ def mixed(module: fx.GraphModule, cast: torch.dtype) -> fx.GraphModule:
     )
     for node in [*convolutions, *products, *linears[:-1]]:
         for part in node.args[1:3]:
-            if part is not None and part.op == "get_attr":
-                parameter = operator.attrgetter(part.target)(module)
+            if part is not None and _stored(part):
+                parameter = _tensor(module, part)
                 layout = torch.channels_last if parameter.dim() == 4 else torch.preserve_format
                 parameter.data = parameter.data.to(cast, memory_format=layout)
     for node in linears[-1:]:
