@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from bundle.resample import resample
+
 Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -144,15 +146,16 @@ def _resize(image: Image.Image, box: Box, to: Resize) -> Pixels:
         box_width, box_height = min(width, to.width / scale), min(height, to.height / scale)
         left, top = left + (width - box_width) / 2, top + (height - box_height) / 2
         box = (left, top, min(right, left + box_width), min(bottom, top + box_height))
-        image = image.resize((to.width, to.height), filter, box)
-    elif to.rule == "stretch":
-        image = image.resize((to.width, to.height), filter, box)
-    else:
+    elif to.rule == "pad":
         scale = _scale(width, height, to)
-        inner = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), filter, box)
-        image = Image.new("RGB", (to.width, to.height), (128, 128, 128))
-        image.paste(inner, ((to.width - inner.width) // 2, (to.height - inner.height) // 2))
-    return np.asarray(image)
+        inner_width, inner_height = max(1, round(width * scale)), max(1, round(height * scale))
+        left, top = (to.width - inner_width) // 2, (to.height - inner_height) // 2
+        pixels = np.full((to.height, to.width, 3), 128, np.uint8)
+        pixels[top : top + inner_height, left : left + inner_width] = resample(
+            image, (inner_width, inner_height), filter, box
+        )
+        return pixels
+    return resample(image, (to.width, to.height), filter, box)
 
 
 def _scale(width: float, height: float, to: Resize) -> float:
