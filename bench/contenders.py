@@ -181,6 +181,7 @@ def command(contender: Contender, port: int, grpc: int, scratch: Path) -> tuple[
     }
     if not contender.ours:  # which decides for itself, as its users have it
         settings |= {"BUNDLE": str(bundle), "RUNTIME": contender.runtime, "FULL": str(int(contender.full))}
+        settings |= {"PILLOW": str(int(contender.server))}  # the limit does what ours does
         # A process a CPU with a thread each: a third more images/s than one process with a thread a CPU.
         settings |= {"THREADS": "1", "OMP_NUM_THREADS": "1", "WORKERS": str(whole_cpus()), "PORT": str(port)}
     return contender.command.format(**words).split(), os.environ | settings

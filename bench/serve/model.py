@@ -1,4 +1,4 @@
-"""What every contender does with a picture: the bundle's own decode, resize, model and decision."""
+"""What every contender does with a picture: the bundle's own decode, model and decision, and its resize's pixels."""
 
 import os
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bundle import manifest, picture
+from bundle import manifest, picture, resample
 
 Run = Callable[[picture.Pixels], NDArray[np.float32]]  # uint8 [N, H, W, 3] -> float32 [N, C]
 
@@ -17,13 +17,16 @@ class Classifier:
     """Picture bytes -> {"top": [{"label", "probability"}, ...]}, the best first.
 
     From the environment: BUNDLE, a folder; RUNTIME, "onnx" or "torch"; THREADS, for each call of the model;
-    FULL=1 to decode every pixel of a JPEG, as a guide's Image.open does, instead of what the resize needs.
+    FULL=1 to decode every pixel of a JPEG, as a guide's Image.open does, instead of what the resize needs; PILLOW=1 to
+    resize with Pillow, as everybody does, instead of with bundle/resample.c: the pixels are the same.
     """
 
     def __init__(self) -> None:
         folder, threads = Path(os.environ["BUNDLE"]), int(os.environ["THREADS"])
         self.manifest = manifest.read(folder)
         self.full = os.environ.get("FULL") == "1"
+        if os.environ.get("PILLOW") == "1":
+            picture.resample = resample.by_pillow  # type: ignore[attr-defined]
         self.run = {"onnx": onnx, "torch": torch}[os.environ["RUNTIME"]](folder, threads)
 
     def __call__(self, data: bytes) -> dict[str, Any]:
