@@ -5,7 +5,7 @@
 Kennel must be there (`make kind-deploy`), on one node, whose CPUs everything shares: the pods, Kubernetes, and the
 load where it comes from that machine. First the very pods are measured: with both HPAs held at their least, a few
 rates give CPU an image of each tier and of all else, and latency by how busy the node is; one more replica of each,
-at the highest of them, gives the time that a start takes, its CPU, and how much it slows the rest. Then the HPAs are
+when it is busy, gives the time that a start takes, its CPU, and how much it slows the rest. Then the HPAs are
 free, a ramp goes up and down, and replicas are recorded each second. The simulation gets the same arrivals, the HPAs
 and requests as the cluster has them, and the measurement. The HPA's looks fall at moments that nobody knows, so it
 runs with several, and the means are compared.
@@ -141,7 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             pods = measure(cluster, load, tiers)
             peak = args.peak or height(pods, tiers)
-            settle(cluster, least)
+            cluster.settle(least)
+            time.sleep(30)  # of rest
         finally:
             cluster.bounds(least, most)
         knots = ramp(peak)
@@ -163,16 +164,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"all within {WITHIN:.0%}")
 
 
-def settle(cluster: Cluster, least: Mapping[str, int], seconds: float = 180) -> None:
-    """Until the pods are the least, no other is leaving, and half a minute of rest."""
-    deadline = time.monotonic() + seconds
-    while cluster.count() != least:
-        if time.monotonic() > deadline:
-            raise SystemExit(f"check: after {seconds:g} s there are {cluster.count()} pods, not {dict(least)}")
-        time.sleep(1)
-    time.sleep(30)
-
-
 def write(
     path: Path,
     pods: Pods,
@@ -192,6 +183,7 @@ def write(
             "shared": {key: getattr(pods.shared, key) for key in ("cpus", "fixed", "per_image")},
             "loads": pods.shared.latencies.loads.tolist(),
             "seconds_at_levels": np.round(pods.shared.latencies.seconds, 5).tolist(),
+            "seconds_at_levels_slowed": {k: np.round(v, 5).tolist() for k, v in pods.shared.slowed.items()},
             "replicas": [dataclasses.asdict(replica) for replica in pods.replicas.values()],
         },
         "seen": [dataclasses.asdict(seen) | {"at": seen.at - began} for seen in watch.seen],

@@ -103,6 +103,14 @@ class Cluster:
         tiers = [pod["metadata"].get("labels", {}).get("app.kubernetes.io/name", "") for pod in self._items(PODS)]
         return {name: tiers.count(name) for name in TIERS}
 
+    def settle(self, least: Mapping[str, int], seconds: float = 180) -> None:
+        """Until the pods are the least, and no other is leaving. Raises SystemExit."""
+        deadline = time.monotonic() + seconds
+        while self.count() != least:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"check: after {seconds:g} s there are {self.count()} pods, not {dict(least)}")
+            time.sleep(1)
+
     def look(self, watch: Watch) -> None:
         at = time.time()
         deployments = {one["metadata"]["name"]: one for one in self._items(KINDS["Deployment"])}

@@ -20,10 +20,11 @@ from capacity.measured import LEVELS, Floats, Latencies, Replica
 from capacity.simulation import Shared
 from local.processes import ROOT, environment
 
-RATES = (10.0, 30.0, 50.0, 70.0, 90.0, 110.0)  # images/s, as many of them as the node bears
+RATES = (10.0, *np.arange(30.0, 400.0, 20.0).tolist())  # images/s, as many of them as the node bears
 WARM_UP = ((0.0, 40.0), (30.0, 40.0))
 HOLD = 20.0  # seconds of each: the kubelet counts CPU every ten
 BUSIEST = 0.8  # of what the node can answer, at the ramp's height: beyond it, latency is whatever the moment brings
+STARTS = 2  # of each tier, one after the other: two at a time slow the rest more than the ramp's do
 
 
 @dataclass(frozen=True)
@@ -103,27 +104,31 @@ def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier]) -> Pods:
     fitted = {name: line(found) for name, found in points.items()}
     if fitted[""][1] < sum(fitted[name][1] for name in TIERS):
         raise SystemExit("check: the node's CPUs did not follow the load, others were busy: measure on a quiet machine")
-    rate = max(steps)  # a tier grows when the node is busy, and then a start is felt most
-    print(f"one more replica of each, at {rate:g} images/s", flush=True)
-    started, slowed = start(cluster, load, least, rate, fitted)
+    able = node_able(cluster, points[""])
+    rate = min(max(steps), BUSIEST * able)  # a tier grows when the node is busy, and then a start is felt most
+    print(f"{STARTS} times one more replica of each, at {rate:.0f} images/s", flush=True)
+    starts = {
+        tier.name: [start(cluster, load, least, tier.name, rate, fitted[tier.name]) for _ in range(STARTS)]
+        for tier in tiers
+    }
     replicas, create = {}, {}
     for tier in tiers:
         idle, an_image = fitted[tier.name]
-        lives, cores = started[tier.name]
+        lives, cores, _ = zip(*starts[tier.name], strict=True)
         saturated = (tier.limit - idle) / max(an_image, 1e-6)
         seconds = statistics.mean(life.ready - life.started for life in lives)
         create[tier.name] = statistics.mean(life.started - life.created for life in lives)
         replicas[tier.name] = Replica(
-            tier.name, 1, saturated, saturated, tier.limit, idle, max(0.5, seconds), cores, 0.0, ()
+            tier.name, 1, saturated, saturated, tier.limit, idle, max(0.5, seconds), statistics.mean(cores), 0.0, ()
         )  # fmt: skip
     node, an_image = fitted[""]
     fixed = max(0.0, node - sum(least[name] * fitted[name][0] for name in TIERS))
     others = max(0.0, an_image - sum(fitted[name][1] for name in TIERS))
-    able = node_able(cluster, points[""])
     quantiles = {
         rate / able: tuple(np.quantile([1e3 * row.seconds for row in rows if row.status == 200], LEVELS).tolist())
         for rate, rows in steps.items()
     }
+    slowed = {name: np.quantile(np.concatenate([slow for *_, slow in found]), LEVELS) for name, found in starts.items()}
     return Pods(replicas, create, Shared(cluster.node_cpus, fixed, others, Latencies.of(quantiles), slowed), able)
 
 
@@ -134,31 +139,25 @@ def node_able(cluster: Cluster, points: Sequence[tuple[float, float]]) -> float:
 
 
 def start(
-    cluster: Cluster, load: Load, least: Mapping[str, int], rate: float, fitted: Mapping[str, tuple[float, float]]
-) -> tuple[dict[str, tuple[list[Life], float]], Floats | None]:
-    """One more of each under load, then as before -> their pods and the CPUs that a start took; and seconds at LEVELS
-    of the calls that were due from a pod's creation to its readiness."""
-    more = {name: count + 1 for name, count in least.items()}
+    cluster: Cluster, load: Load, least: Mapping[str, int], tier: str, rate: float, fitted: tuple[float, float]
+) -> tuple[Life, float, Floats]:
+    """One more of this tier under load, then as before -> its life, the CPUs that its start took, and seconds of the
+    calls that were due from its creation to its readiness."""
+    more = {**least, tier: least[tier] + 1}
     with cluster.watch() as watch:
         there = set(watch.lives)
-        with load.running([(0, rate), (60, rate)], seed=91) as rows:
+        with load.running([(0, rate), (45, rate)], seed=91) as rows:
             time.sleep(5)
             cluster.bounds(more, more)
-            time.sleep(40)
+            time.sleep(35)
     cluster.bounds(least, least)
-    found, new = {}, []
-    for name in least:
-        lives = [life for life in watch.lives.values() if life.name not in there and life.tier == name]
-        lives = [life for life in lives if not math.isnan(life.ready)]
-        if not lives:
-            raise SystemExit(f"check: one more {name} was not ready within 40 s: has the node room for it?")
-        idle, an_image = fitted[name]
-        works = idle + an_image * rate / more[name]
-        found[name] = lives, statistics.mean(_start_cores(watch, life, works) for life in lives)
-        new += lives
-    answered = [(load.began + row.due, row.seconds) for row in rows if row.status == 200]
-    slow = [seconds for at, seconds in answered if any(life.created <= at <= life.ready for life in new)]
-    return found, np.quantile(slow, LEVELS) if len(slow) > 100 else None
+    cluster.settle(least)
+    lives = [life for life in watch.lives.values() if life.name not in there and not math.isnan(life.ready)]
+    if not lives:
+        raise SystemExit(f"check: one more {tier} was not ready within 35 s: has the node room for it?")
+    life, (idle, an_image) = lives[0], fitted
+    slow = [r.seconds for r in rows if r.status == 200 and life.created <= load.began + r.due <= life.ready]
+    return life, _start_cores(watch, life, idle + an_image * rate / more[tier]), np.array(slow)
 
 
 def _start_cores(watch: Watch, life: Life, works: float) -> float:

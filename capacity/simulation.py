@@ -60,13 +60,14 @@ class Limits:
 @dataclass(frozen=True)
 class Shared:
     """One node's CPUs, which everything shares: `fixed` CPUs and `per_image` CPU seconds are others', and latency
-    goes by the share of what the node can answer."""
+    goes by the share of what the node can answer. slowed: by tier, seconds at LEVELS while a pod of it starts, as far
+    as that was measured: then its CPUs are in there, and count no second time."""
 
     cpus: float
     fixed: float
     per_image: float
     latencies: Latencies
-    slowed: Floats | None = None  # seconds at LEVELS while a pod starts: all CPUs are busy then, and every hop waits
+    slowed: Mapping[str, Floats] = field(default_factory=dict)
 
 
 @dataclass
@@ -273,8 +274,9 @@ def simulate(
             flow = given
         if shared:
             found = _summed((shared.latencies,), (_hundredths(rate / node),))
-            if shared.slowed is not None and any(group.starting(now) for group in groups):
-                found = np.maximum(found, shared.slowed)
+            for group in groups:
+                if group.starting(now) and group.tier.name in shared.slowed:
+                    found = np.maximum(found, shared.slowed[group.tier.name])
             found = found + wait
         else:
             found = _summed(tuple(g.replica.latencies for g in groups), tuple(map(_hundredths, loads))) + wait
@@ -315,9 +317,10 @@ def _room(limits: Limits, groups: Sequence[Group]) -> float:
 
 def _node(shared: Shared, groups: Sequence[Group], now: float) -> float:
     """Images a second that one node's CPUs are enough for. What starts takes its share by the requests, at most."""
-    starting = sum(group.starting(now) * group.replica.start_cores for group in groups)
+    beginning = {group.tier.name: group.starting(now) for group in groups if group.tier.name not in shared.slowed}
+    starting = sum(beginning.get(group.tier.name, 0) * group.replica.start_cores for group in groups)
     if starting:
-        new = sum(group.tier.request * group.starting(now) for group in groups)
+        new = sum(group.tier.request * beginning.get(group.tier.name, 0) for group in groups)
         starting = min(starting, shared.cpus * new / (new + sum(group.tier.request * group.weight for group in groups)))
     low, high = 0.0, 1e5
     for _ in range(40):
