@@ -47,6 +47,7 @@ class Contender:
     path: str = "/predict"
     bundle: str = DEFAULT  # under build/bundles
     full: bool = False  # decodes every pixel
+    pillow: bool = True  # resizes with Pillow, as everybody does; ours, and the limit to it, with bundle/resample.c
     server: bool = True
 
     @property
@@ -78,12 +79,13 @@ LIMIT = "{python} -m bench.serve.limit"
 INT8 = f"{DEFAULT}-int8"
 
 ALL = (
-    Contender("limit", LIMIT, server=False),
+    Contender("limit", LIMIT, pillow=False, server=False),
     Contender("ours", OURS),
     *(Contender(f"{name}, ONNX Runtime", c, env, "onnx", body, path) for name, (env, c, body, path) in SERVERS.items()),  # type: ignore[arg-type]
     *(Contender(f"{name}, PyTorch", c, env, "torch", body, path) for name, (env, c, body, path) in SERVERS.items()),  # type: ignore[arg-type]
     Contender("Flask, ONNX Runtime, full decode", FLASK, "flask", full=True),
-    Contender("limit, int8", LIMIT, bundle=INT8, server=False),
+    Contender("limit, int8", LIMIT, bundle=INT8, pillow=False, server=False),
+    Contender("limit, int8, Pillow", LIMIT, bundle=INT8, server=False),
     Contender("ours, int8", OURS, bundle=INT8),
 )
 
@@ -180,8 +182,8 @@ def command(contender: Contender, port: int, grpc: int, scratch: Path) -> tuple[
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     if not contender.ours:  # which decides for itself, as its users have it
-        settings |= {"BUNDLE": str(bundle), "RUNTIME": contender.runtime, "FULL": str(int(contender.full))}
-        settings |= {"PILLOW": str(int(contender.server))}  # the limit does what ours does
+        settings |= {"BUNDLE": str(bundle), "RUNTIME": contender.runtime}
+        settings |= {"FULL": str(int(contender.full)), "PILLOW": str(int(contender.pillow))}
         # A process a CPU with a thread each: a third more images/s than one process with a thread a CPU.
         settings |= {"THREADS": "1", "OMP_NUM_THREADS": "1", "WORKERS": str(whole_cpus()), "PORT": str(port)}
     return contender.command.format(**words).split(), os.environ | settings

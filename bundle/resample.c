@@ -16,7 +16,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline)) /* into each of the clones */
 
-enum { FRACTION = 32 - 8 - 2, LANES = 16 };
+enum { FRACTION = 32 - 8 - 2, LANES = 16, WIDEST = 1 << 15 };
 enum { LANCZOS = 1, BILINEAR = 2, BICUBIC = 3 }; /* PIL.Image.Resampling */
 
 /* Output i is the weighted sum of the inputs first[i], first[i] + 1, ... first[i] + count[i] - 1. */
@@ -123,15 +123,16 @@ struct ArrowArray {
 };
 
 /* The box of a picture, an RGB image of Pillow's exported to Arrow -> out, uint8 [height][width][3].
-   Returns 0, or -1 where there is no memory or the picture is too narrow: Pillow can do it then. */
+   Returns 0, or -1 where there is no memory, or the picture is narrower than LANES or so wide that LANES of its rows
+   would take more memory than all else: Pillow can do it then. */
 int resample(const struct ArrowArray *picture, int in_width, int in_height, int name, float left, float top,
              float right, float bottom, int width, int height, uint8_t *out) {
+  if (in_width < LANES || in_width > WIDEST) return -1;
   const int32_t *in = picture->children[0]->buffers[1];
   taps x = {0}, y = {0};
   int32_t *strip = NULL, *half = NULL, *whole = NULL;
   int failed = -1;
-  if (in_width < LANES || plan(&x, name, in_width, left, right, width) || plan(&y, name, in_height, top, bottom, height))
-    goto end;
+  if (plan(&x, name, in_width, left, right, width) || plan(&y, name, in_height, top, bottom, height)) goto end;
   /* Rounded in between, the order makes a difference: Pillow goes down first what shrinks much more in height. */
   int down_first = in_height > height && in_height - height > 2 * (in_width - width);
   size_t padded = (width + LANES - 1) / LANES * LANES;
