@@ -1,8 +1,8 @@
-"""RGB image -> resized pixels: as Pillow does it, and where resample.c was compiled, in a sixth of the time.
+"""RGB image -> resized pixels: Pillow's, and in a sixth of its time where resample.c is compiled.
 
-`bundle/compile.sh` does, for images and for `make run` where there is a C compiler. Without it, or where
-it would make other pixels than Pillow (another version, another processor), Pillow does the work: what comes out is
-the same to the last bit.
+bundle/compile.sh compiles it: in images, and for `make run` where there is a C compiler. Without it, or where it would
+make other pixels than Pillow (another version of that, another processor), Pillow does the work: what comes out is the
+same to the last bit.
 """
 
 import ctypes

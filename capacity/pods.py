@@ -128,7 +128,8 @@ def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier]) -> Pods:
         rate / able: tuple(np.quantile([1e3 * row.seconds for row in rows if row.status == 200], LEVELS).tolist())
         for rate, rows in steps.items()
     }
-    slowed = {name: np.quantile(np.concatenate([slow for *_, slow in found]), LEVELS) for name, found in starts.items()}
+    during = {name: np.concatenate([slow for *_, slow in found]) for name, found in starts.items()}
+    slowed = {name: np.quantile(slow, LEVELS) for name, slow in during.items() if len(slow) > 100}
     return Pods(replicas, create, Shared(cluster.node_cpus, fixed, others, Latencies.of(quantiles), slowed), able)
 
 
