@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from bundle.resample import resample
+from bundle.resample import Box, resample
 
 Pixels = NDArray[np.uint8]
-Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # 64 megapixels take 10 MB to decode from a JPEG (190 if progressive), 250 MB from a PNG, up to 1 GB

@@ -14,17 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-# (RGB image, (width, height), bilinear, bicubic or Lanczos, (left, top, right, bottom)) -> uint8 [height, width, 3]
-Resample = Callable[
-    [Image.Image, tuple[int, int], Image.Resampling, tuple[float, float, float, float]], NDArray[np.uint8]
-]
+Size = tuple[int, int]  # width, height
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+# RGB image, size, bilinear, bicubic or Lanczos, the box in the image -> uint8 [height, width, 3]
+Resample = Callable[[Image.Image, Size, Image.Resampling, Box], NDArray[np.uint8]]
 
 LIBRARY = Path(__file__).parents[1] / "build" / "resample.so"
 
 
-def by_pillow(
-    image: Image.Image, size: tuple[int, int], filter: Image.Resampling, box: tuple[float, float, float, float]
-) -> NDArray[np.uint8]:
+def by_pillow(image: Image.Image, size: Size, filter: Image.Resampling, box: Box) -> NDArray[np.uint8]:
     """A Resample. Raises ValueError where the box is not within the image."""
     return np.asarray(image.resize(size, filter, box))
 
@@ -40,9 +38,7 @@ def compiled(library: Path = LIBRARY) -> Resample | None:
     address = ctypes.pythonapi.PyCapsule_GetPointer
     address.argtypes, address.restype = [ctypes.py_object, ctypes.c_char_p], pointer
 
-    def by_c(
-        image: Image.Image, size: tuple[int, int], filter: Image.Resampling, box: tuple[float, float, float, float]
-    ) -> NDArray[np.uint8]:
+    def by_c(image: Image.Image, size: Size, filter: Image.Resampling, box: Box) -> NDArray[np.uint8]:
         left, top, right, bottom = box
         within = 0 <= left < right <= image.width and 0 <= top < bottom <= image.height
         if image.mode == "RGB" and within:

@@ -5,10 +5,10 @@
 Kennel must be there (`make kind-deploy`), on one node, whose CPUs everything shares: the pods, Kubernetes, and the
 load where it comes from that machine. First the very pods are measured: with both HPAs held at their least, a few
 rates give CPU an image of each tier and of all else, and latency by how busy the node is; one more replica of each,
-when it is busy, gives the time that a start takes, its CPU, and how much it slows the rest. Then the HPAs are
-free, a ramp goes up and down, and replicas are recorded each second. The simulation gets the same arrivals, the HPAs
-and requests as the cluster has them, and the measurement. The HPA's looks fall at moments that nobody knows, so it
-runs with several, and the means are compared.
+when it is busy, gives the time that a start takes, its CPU, and how much it slows the rest. Then the HPAs are free, a
+ramp goes up and down, and replicas are recorded each second. The simulation gets the same arrivals, the HPAs and
+requests as the cluster has them, and the measurement. The HPA's looks fall at moments that nobody knows, so it runs
+with several, and the means are compared.
 """
 
 import argparse

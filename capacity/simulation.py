@@ -317,10 +317,10 @@ def _room(limits: Limits, groups: Sequence[Group]) -> float:
 
 def _node(shared: Shared, groups: Sequence[Group], now: float) -> float:
     """Images a second that one node's CPUs are enough for. What starts takes its share by the requests, at most."""
-    beginning = {group.tier.name: group.starting(now) for group in groups if group.tier.name not in shared.slowed}
-    starting = sum(beginning.get(group.tier.name, 0) * group.replica.start_cores for group in groups)
+    unknown = [group for group in groups if group.tier.name not in shared.slowed]
+    starting = sum(group.starting(now) * group.replica.start_cores for group in unknown)
     if starting:
-        new = sum(group.tier.request * beginning.get(group.tier.name, 0) for group in groups)
+        new = sum(group.tier.request * group.starting(now) for group in unknown)
         starting = min(starting, shared.cpus * new / (new + sum(group.tier.request * group.weight for group in groups)))
     low, high = 0.0, 1e5
     for _ in range(40):
