@@ -14,6 +14,7 @@ count. The answer is one frame:
 """
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -40,8 +41,8 @@ class FrameError(ValueError):
 class Answer:
     """status, digest of the bundle that answered, logits float32 [N, C], manifest.json's bytes or b"".
 
-    failed: {index of a picture: why it has no logits}; beside: requests that had waited to be taken up together with
-    this one, itself among them; 0 where the server does not say.
+    failed: {index of a picture: why it has no logits}; seconds: that a worker was busy with the request and those it
+    took up together with it; workers: of this model there. Both are 0 where the server does not say.
     """
 
     status: Status
@@ -50,7 +51,8 @@ class Answer:
     manifest: bytes = b""
     error: str = ""
     failed: Mapping[int, str] = field(default_factory=dict)
-    beside: int = 0
+    seconds: float = 0.0
+    workers: int = 0
 
 
 def request(pixels: Mapping[str, Value], known: Iterable[str], count: int = 1) -> dict[str, Value]:
@@ -87,8 +89,8 @@ def pack(answer: Answer) -> bytes:
         header["error"] = answer.error
     if answer.failed:
         header["failed"] = answer.failed
-    if answer.beside:
-        header["beside"] = answer.beside
+    if answer.workers:
+        header |= {"seconds": answer.seconds, "workers": answer.workers}
     head = json.dumps(header).encode()
     return b"".join((_LENGTH.pack(len(head)), head, logits.tobytes(), answer.manifest))
 
@@ -101,16 +103,17 @@ def unpack(frame: bytes) -> Answer:
         header = json.loads(frame[_LENGTH.size : start])
         status, digest, error = header["status"], header["digest"], header.get("error", "")
         size, rest = header["logits"], header["manifest"]
-        rows, beside = header.get("count", 1), header.get("beside", 0)
+        rows, seconds, workers = header.get("count", 1), header.get("seconds", 0.0), header.get("workers", 0)
         failed = {int(i): str(why) for i, why in header.get("failed", {}).items()}
         if status not in get_args(Status) or not isinstance(digest, str) or not isinstance(error, str):
             raise ValueError(f"status {status!r}, digest {digest!r}, error {error!r}")
         if size < 0 or size % 4 or rest < 0 or start + size + rest != len(frame):
             raise ValueError(f"{start} + {size} bytes of logits + {rest} of manifest are not {len(frame)}")
-        fits = isinstance(rows, int) and isinstance(beside, int) and beside >= 0
-        if not fits or not all(0 <= i < rows for i in failed):
-            raise ValueError(f"count {rows!r}, failed {sorted(failed)}, beside {beside!r}")
+        if not isinstance(rows, int) or not all(0 <= i < rows for i in failed):
+            raise ValueError(f"count {rows!r}, failed {sorted(failed)}")
+        if not isinstance(workers, int) or not (workers >= 0 and 0 <= seconds < math.inf):
+            raise ValueError(f"seconds {seconds!r}, workers {workers!r}")
         logits = np.frombuffer(frame, "<f4", size // 4, start).reshape(rows, -1) if status == "ok" else None
-        return Answer(status, digest, logits, frame[start + size :], error, failed, beside)
+        return Answer(status, digest, logits, frame[start + size :], error, failed, seconds, workers)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise FrameError(f"the model server's answer of {len(frame)} bytes is not a frame: {exc}") from exc

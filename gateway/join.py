@@ -1,16 +1,18 @@
 """Pictures of concurrent requests share calls to the model server, as soon as more calls would only wait there.
 
 A call costs gateway, JVM and worker about 1 ms of CPU whatever it holds. So a process has only so many calls of a
-model under way as the model server takes up at once, and the pictures that come meanwhile go together in the next
-one. How many that is, the model server says: every answer tells how many calls had waited to be taken up together
-with it. More than one, and the limit shrinks by a fifth; one, and it grows by one in a full round (a congestion bit,
-set by who has the queue: K. Ramakrishnan and R. Jain, A binary feedback scheme for congestion avoidance, 1990). With
-nothing else under way a picture is sent at once.
+model under way as keep the model server's workers busy, and the pictures that come meanwhile go together in the next
+one. Every answer tells how long a worker was busy with it and how many workers there are; what a call took beyond that
+and the way there and back, it waited. Of a process's calls, or of all calls at a model server, whichever is less, one
+should be waiting, so that no worker is idle, and not two: as TCP Vegas counts and bounds what its own connection has
+waiting on the way (L. Brakmo and L. Peterson, TCP Vegas: end to end congestion avoidance on a global Internet, 1995).
+With nothing else under way a picture is sent at once.
 
 So pictures wait here and not there, where nobody would know that their time is over or their caller gone.
 """
 
 import copy
+import math
 import threading
 import time
 from collections import deque
@@ -24,7 +26,9 @@ from gateway.errors import Abandoned, Overloaded, TimedOut, untraced
 
 PICTURES = 8  # a call: beyond it nothing is won, and all wait for the last one
 BYTES = 4 << 20  # a call, likewise: for large inputs
-SHRINK = 0.8
+LEAST, MOST = 0.5, 1.5  # calls waiting: with fewer the limit grows, with more it shrinks
+MEMORY = 1 / 8  # the share of the last call in means of calls
+DRIFT = 1 / 1000  # for each call, so that the shortest way there and back is one of the last minutes
 UNDECODED = "more pictures are waiting to be decoded than may wait: try again soon"
 
 
@@ -48,9 +52,9 @@ class Asked:
         self.until = self.deadline
 
 
-# Makes one call for pictures of one contract -> the outcome of each, an exception where it failed; and how many calls
-# had waited at the model server to be taken up together with it, 0 where nobody knows.
-Call = Callable[[Sequence[Asked]], tuple[Sequence[Any], int]]
+# Makes one call for pictures of one contract -> the outcome of each, an exception where it failed; and the seconds that
+# a worker was busy with it and how many workers the model server has, both 0 where nobody knows.
+Call = Callable[[Sequence[Asked]], tuple[Sequence[Any], float, int]]
 
 
 class Join:
@@ -59,8 +63,9 @@ class Join:
     def __init__(self, call: Call, most: int, seconds: float) -> None:
         """most: calls at a time, whatever the model server says; seconds: that a picture may wait for its call."""
         self._call, self._most, self._seconds = call, most, seconds
-        self.limit = float(most)
+        self.limit, self.waiting = 1.0, 0.0
         self._calls = 0
+        self._served, self._beside, self._way = 0.0, 0.0, math.inf  # of a call, in seconds: see _learn
         self._waiting: deque[Asked] = deque()
         self._lock = threading.Lock()
 
@@ -99,7 +104,7 @@ class Join:
 
     def _start(self) -> None:
         """As many calls as may be under way, each made by the thread of its first picture."""
-        while self._waiting and self._calls < self.limit:
+        while self._waiting and self._calls < int(self.limit):
             together = [first := self._waiting.popleft()]
             most = min(PICTURES, max(1, BYTES // max(1, len(first.pixels))))
             while self._waiting and len(together) < most and self._waiting[0].contract == first.contract:
@@ -114,19 +119,31 @@ class Join:
         gone = [asked for asked in together if not asked.wanted()]
         wanted = [asked for asked in together if asked not in gone]
         outcomes: Sequence[Any] = []
-        beside = 0
         try:
             if wanted:
-                outcomes, beside = self._call(wanted)
+                started = time.perf_counter()
+                outcomes, served, workers = self._call(wanted)
+                with self._lock:
+                    self._learn(time.perf_counter() - started, served, workers)
         except BaseException as exc:
             outcomes = [exc] * len(wanted)
         with self._lock:
-            if beside > 1:
-                self.limit = max(1.0, self.limit * SHRINK)
-            elif beside and self._calls >= int(self.limit):  # else nobody knows whether more would wait
-                self.limit = min(self._most, self.limit + 1 / self.limit)
             self._calls -= 1
             self._start()
         for asked, outcome in [*zip(wanted, outcomes, strict=True), *((asked, Abandoned()) for asked in gone)]:
             asked.outcome = untraced(outcome)
             asked.turn.set()
+
+    def _learn(self, took: float, served: float, workers: int) -> None:
+        """From a call that took so long, for so many seconds of which one of so many workers was busy with it."""
+        if served and workers:
+            beside = took - served
+            self._served += MEMORY * (served - self._served)
+            self._beside += MEMORY * (beside - self._beside)
+            self._way = min(beside, self._way * (1 + DRIFT))
+            waited = max(0.0, self._beside - self._way)
+            self.waiting = waited * min(self._calls / (self._beside + self._served), workers / self._served)
+        if self.waiting > MOST:
+            self.limit = max(1.0, self.limit - 1 / self.limit)
+        elif self.waiting < LEAST and self._calls >= int(self.limit):  # else nobody knows whether more would wait
+            self.limit = min(self._most, self.limit + 1 / self.limit)

@@ -123,20 +123,20 @@ class Model:
             problem = errors.of_picture(exc)
         raise problem  # not within: as its context, the picture's error would keep the frames that it went through
 
-    def _together(self, asked: Sequence[Asked]) -> tuple[list[Any], int]:
+    def _together(self, asked: Sequence[Asked]) -> tuple[list[Any], float, int]:
         """One call for pictures of one contract -> manifest and logits of each; none where another version answered."""
         pixels = {asked[0].contract: [one.pixels for one in asked]}
         deadline = max(one.deadline for one in asked)
         manifest, answer = self._ask(pixels, len(asked), deadline, ",".join(one.request_id for one in asked))
         if answer.status == "error" and len(asked) > 1:
-            return [(manifest, None)] * len(asked), 0  # a server that does not know of `count`: each by itself
+            return [(manifest, None)] * len(asked), 0.0, 0  # a server that does not know of `count`: each by itself
         outcomes: list[Any] = []
         for i in range(len(asked)):
             try:
                 outcomes.append((manifest, self._logits(manifest, answer, i)))
             except Problem as exc:
                 outcomes.append(exc)
-        return outcomes, answer.beside
+        return outcomes, answer.seconds, answer.workers
 
     def _logits(self, manifest: Manifest, answer: wire.Answer, i: int) -> NDArray[np.float32] | None:
         if answer.status == "error" or i in answer.failed:

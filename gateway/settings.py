@@ -25,8 +25,10 @@ class Settings:
     # 0: one for every two CPUs. Decoding, most of the work, needs no interpreter lock; and what one process has under
     # way shares calls to the model server, which two processes would not.
     processes: int = 0
-    threads: int = 80  # a process: half as many again as in_flight may wait for the model server, and some come and go
-    in_flight: int = 48  # pictures a process takes at a time, at most; more are refused at once
+    threads: int = 128  # a process: twice as many as in_flight may wait for the model server, and some come and go
+    in_flight: int = (
+        48  # pictures a process takes at a time, at most, and twice that in a burst; more are refused at once
+    )
     late_seconds: float = 0.6  # answers later than that: fewer pictures at a time are taken, see gateway/admission.py
     deadline_seconds: float = 5.0  # from a request's arrival to its answer
     # One call to the model server, waiting there included. TorchServe queues calls without a word while

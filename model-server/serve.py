@@ -56,7 +56,7 @@ class Settings:
     grpc_management_port: int = 7071
     worker_port: int = 9000  # first of a range: with workers' sockets of two servers apart, both can live
     workers: int = 0  # a model; 0: one a CPU (a GPU, where there is one)
-    batch_size: int = 8
+    batch_size: int = 0  # calls that a worker takes up together; 0: 1 on a CPU, 8 on a GPU
     batch_delay_ms: int = 1  # never 0: TorchServe takes that for 100
     queue_size: int = 100  # calls a model; the gateways together should not admit more
     grace_seconds: float = 30.0  # between SIGTERM and SIGKILL
@@ -78,8 +78,8 @@ class Settings:
         if "model_store" not in values:
             raise SystemExit("MODEL_STORE is not set: the folder of .mar files to serve")
         settings = cls(**values)
-        if settings.batch_delay_ms < 1 or settings.batch_size < 1:
-            raise SystemExit("BATCH_SIZE and BATCH_DELAY_MS must be at least 1")
+        if settings.batch_delay_ms < 1 or settings.batch_size < 0:
+            raise SystemExit("BATCH_DELAY_MS must be at least 1, BATCH_SIZE not negative")
         if settings.precision not in (known := ("fp16", "bf16", "fp32")):
             raise SystemExit(f"PRECISION={settings.precision!r} is none of {', '.join(known)}")
         return settings
@@ -142,6 +142,7 @@ class Server:
             "THREADS": str(threads),
             "OMP_NUM_THREADS": str(threads),
             "PRECISION": settings.precision,
+            "WORKERS": str(workers(settings)),
         }
         ts_home = Path(ts.__file__).parent
         # As ts/model_server.py builds it.
@@ -191,7 +192,7 @@ class Server:
 def configuration(settings: Settings, models: Mapping[str, str]) -> str:
     """config.properties for these models {name: version}."""
     per_worker = {"minWorkers": workers(settings), "maxWorkers": workers(settings)}
-    per_worker |= {"batchSize": settings.batch_size, "maxBatchDelay": settings.batch_delay_ms}
+    per_worker |= {"batchSize": settings.batch_size or (8 if gpus() else 1), "maxBatchDelay": settings.batch_delay_ms}
     values = {
         "inference_address": f"http://{settings.host}:{settings.http_port}",
         "metrics_address": f"http://{settings.host}:{settings.metrics_port}",

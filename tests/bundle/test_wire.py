@@ -21,7 +21,9 @@ FRAME = pack(Answer("ok", "d1", LOGITS, MANIFEST))
     [
         Answer("ok", "d1", LOGITS),
         Answer("ok", "d1", LOGITS, MANIFEST),
-        Answer("ok", "d1", np.stack([LOGITS, -LOGITS, LOGITS]), MANIFEST, failed={1: "zu groß"}, beside=3),
+        Answer(
+            "ok", "d1", np.stack([LOGITS, -LOGITS, LOGITS]), MANIFEST, failed={1: "zu groß"}, seconds=0.25, workers=2
+        ),
         Answer("manifest", "d1", manifest=MANIFEST),
         Answer("mismatch", "d1", manifest=MANIFEST),
         Answer("mismatch", "d1"),
@@ -30,7 +32,7 @@ FRAME = pack(Answer("ok", "d1", LOGITS, MANIFEST))
 )
 def test_an_answer_comes_out_as_it_went_in(answer: Answer) -> None:
     found = unpack(pack(answer))
-    for name in ("status", "digest", "manifest", "error", "failed", "beside"):
+    for name in ("status", "digest", "manifest", "error", "failed", "seconds", "workers"):
         assert getattr(found, name) == getattr(answer, name)
     if answer.logits is None:
         assert found.logits is None
@@ -76,7 +78,12 @@ def test_a_frame_cut_anywhere_is_refused() -> None:
         {"failed": {"-1": "why"}},
         {"failed": {"x": "why"}},
         {"failed": [0]},
-        {"beside": "1"},
+        {"workers": "1"},
+        {"workers": -1},
+        {"seconds": "1"},
+        {"seconds": -1},
+        {"seconds": float("nan")},
+        {"seconds": float("inf")},
         {"manifest": 0},
         {"manifest": None},
         {"status": None, "digest": None},

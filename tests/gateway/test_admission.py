@@ -7,10 +7,16 @@ from collections import Counter
 import pytest
 from tiny import picture
 
+from gateway import admission as admission_module
 from gateway.admission import LEAST, Admission, Place
 from gateway.app import create_app
 from gateway.errors import Overloaded
 from gateway.settings import Settings
+
+
+@pytest.fixture
+def no_bursts(monkeypatch):
+    monkeypatch.setattr(admission_module, "BURST", 1)
 
 
 def entered(admission, client, tries):
@@ -31,7 +37,7 @@ def answer(admission, seconds, client="one"):
     return len(places)
 
 
-def test_late_answers_shrink_the_number_and_timely_ones_let_it_grow_again(monkeypatch):
+def test_late_answers_shrink_the_number_and_timely_ones_let_it_grow_again(monkeypatch, no_bursts):
     clock = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     admission = Admission(48, 0.6)
@@ -47,7 +53,7 @@ def test_late_answers_shrink_the_number_and_timely_ones_let_it_grow_again(monkey
     assert 25 <= rounds <= 120  # about one more in a round
 
 
-def test_the_number_settles_where_answers_take_as_long_as_they_may():
+def test_the_number_settles_where_answers_take_as_long_as_they_may(no_bursts):
     """A server of 100 answers a second: 60 at a time take 0.6 s."""
     clock, history = 0.0, []
     with pytest.MonkeyPatch.context() as patch:
@@ -72,7 +78,7 @@ def test_no_load_does_not_let_it_grow():
     assert admission.limit == 20.0
 
 
-def test_one_client_with_many_calls_does_not_shut_out_one_with_a_single_call():
+def test_one_client_with_many_calls_does_not_shut_out_one_with_a_single_call(no_bursts):
     admission = Admission(24, 0.6)
     many = entered(admission, "many", 500)
     assert len(many) == 24
@@ -83,7 +89,31 @@ def test_one_client_with_many_calls_does_not_shut_out_one_with_a_single_call():
     assert len([client for client in range(100) if entered(admission, str(client), 1)]) == 12
 
 
-def test_every_place_comes_back():
+def test_what_comes_in_a_burst_is_let_in_and_a_standing_queue_is_not(monkeypatch):
+    """A server of 100 answers a second, asked ten times a tenth of a second, stands still for 0.4 s; and then 300
+    times."""
+    clock = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    admission = Admission(20, 0.6)
+
+    def tick(calls, answers):
+        nonlocal clock
+        clock += 0.1
+        refused = calls - len(entered(admission, "one", calls))
+        for _ in range(min(answers, admission._total)):
+            admission.leave("one", 1, 0.3)
+        return refused
+
+    assert [tick(8, 10) for _ in range(20)] == [0] * 20
+    assert tick(32, 10) == 0  # those of the 0.4 s at once
+    assert [tick(8, 10) for _ in range(20)] == [0] * 20
+    overload = [tick(30, 10) for _ in range(30)]
+    assert overload[0] == 0
+    assert overload[-1] == 20
+    assert admission._total <= 20
+
+
+def test_every_place_comes_back(no_bursts):
     admission = Admission(10, 0.6)
     places = entered(admission, "one", 10)
     places[0].holds(32)
@@ -93,7 +123,7 @@ def test_every_place_comes_back():
     assert len(entered(admission, "one", 20)) == 10
 
 
-def test_when_to_come_back_is_when_those_here_will_have_been_answered():
+def test_when_to_come_back_is_when_those_here_will_have_been_answered(no_bursts):
     admission = Admission(8, 10.0)
     entered(admission, "one", 8)
     for _ in range(200):
@@ -102,7 +132,7 @@ def test_when_to_come_back_is_when_those_here_will_have_been_answered():
     assert admission.enter("one").retry_after == 3
 
 
-def test_through_the_app_refusals_come_at_once_and_good_answers_follow(torchserve, tiny):
+def test_through_the_app_refusals_come_at_once_and_good_answers_follow(torchserve, tiny, no_bursts):
     """Thirty at a time while eight may be in: eight are answered, the others told to come back."""
     torchserve.models["tiny"] = tiny["1"]
     app = create_app(Settings(models=("tiny",), model_server=torchserve.target, in_flight=8))

@@ -11,7 +11,7 @@ from tiny import picture
 
 from gateway import errors, front
 from gateway.access import Access
-from gateway.admission import Admission, Place
+from gateway.admission import BURST, Admission, Place
 from gateway.app import create_app
 from gateway.front import Front
 from gateway.settings import Settings
@@ -55,7 +55,8 @@ def test_a_body_comes_whole():
 
 def test_who_gets_no_place_has_sent_a_body_that_was_read():
     admission = Admission(1, 0.6)
-    admission.enter("10.0.0.1")
+    for _ in range(BURST):
+        admission.enter("10.0.0.1")
     sent = environ(b"x" * 900)
     (problem,) = made(admission=admission)(sent, None)
     assert problem.status == 503
@@ -176,6 +177,7 @@ def test_neither_an_answer_nor_a_refusal_leaves_anything_to_the_garbage_collecto
     assert left(415, lambda: client.post("/predict", data=b"no picture")) == set()
     assert left(503, fails) == set()
     assert left(415, several) == set()
-    place = admission.enter("10.0.0.1")
+    places = [admission.enter("10.0.0.1") for _ in range(BURST)]
     assert left(503) == set()
-    place.leave()
+    for place in places:
+        place.leave()

@@ -165,7 +165,7 @@ def test_a_server_that_knows_one_picture_a_call_is_asked_for_each(torchserve, ti
 
     def one_each(requests):
         frames = answer([{key: value for key, value in request.items() if key != "count"} for request in requests])
-        return [wire.pack(replace(wire.unpack(frame), beside=0)) for frame in frames]
+        return [wire.pack(replace(wire.unpack(frame), workers=0)) for frame in frames]
 
     monkeypatch.setattr(tiny["1"], "answer", one_each)
     assert at_once(torchserve, model, COLOURS) == [("1", colour) for colour in ["red", *COLOURS]]

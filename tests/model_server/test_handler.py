@@ -49,20 +49,20 @@ def test_pictures_that_share_a_request_are_answered_in_order(loaded, shares):
         start += share
     answers = [wire.unpack(frame) for frame in loaded.answer(requests)]
     assert [len(answer.logits) for answer in answers] == list(shares)
-    assert {answer.beside for answer in answers} == {len(shares)}
     np.testing.assert_array_equal(np.concatenate([answer.logits for answer in answers]), loaded.run(pictures))
 
 
-def test_only_requests_that_waited_for_the_worker_count_as_such(loaded, monkeypatch):
-    monkeypatch.setattr(handler, "_model", loaded)
-    monkeypatch.setattr(handler, "_tally", SimpleNamespace(add=lambda count: None))
-    monkeypatch.setattr(handler, "_busy_until", 0.0)
-    one = request(loaded, pixels(loaded))
-    found = []
-    for batch, pause in (([one] * 2, 0), ([one] * 3, 0), ([one], 0.02), ([one] * 3, 0)):
-        found += [wire.unpack(frame).beside for frame in handler.handle(batch, None)]
-        time.sleep(pause)
-    assert found == [1, 1, 3, 3, 3, 1, 1, 1, 1]
+def test_an_answer_tells_how_long_it_took_and_how_many_workers_there_are(loaded, monkeypatch):
+    def slow(batch):
+        time.sleep(0.05)
+        return run(batch)
+
+    run = loaded.run
+    monkeypatch.setattr(loaded, "run", slow)
+    monkeypatch.setattr(loaded, "workers", 3)
+    answers = [wire.unpack(frame) for frame in loaded.answer([request(loaded, pixels(loaded))] * 4)]  # two by two
+    assert {answer.workers for answer in answers} == {3}
+    assert 0.1 <= min(answer.seconds for answer in answers) == max(answer.seconds for answer in answers) < 1
 
 
 def test_the_model_never_gets_more_pictures_than_its_caches_hold(loaded, monkeypatch):

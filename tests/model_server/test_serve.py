@@ -20,6 +20,7 @@ def settings(**values):
         ({}, "MODEL_STORE is not set"),
         ({"MODEL_STORE": "x", "GRPC_PORT": "seven"}, "GRPC_PORT='seven' is not of type int"),
         ({"MODEL_STORE": "x", "BATCH_DELAY_MS": "0"}, "BATCH_DELAY_MS must be at least 1"),
+        ({"MODEL_STORE": "x", "BATCH_SIZE": "-1"}, "BATCH_SIZE not negative"),
     ],
 )
 def test_a_missing_or_bad_setting_stops_the_start_and_is_named(environ, sentence):
@@ -29,7 +30,7 @@ def test_a_missing_or_bad_setting_stops_the_start_and_is_named(environ, sentence
 
 def test_settings_come_from_the_environment():
     found = serve.Settings.from_environment({"MODEL_STORE": "x", "GRPC_PORT": "1", "GRACE_SECONDS": "2.5", "HOME": "y"})
-    assert (found.model_store, found.grpc_port, found.grace_seconds, found.batch_size) == ("x", 1, 2.5, 8)
+    assert (found.model_store, found.grpc_port, found.grace_seconds, found.batch_size) == ("x", 1, 2.5, 0)
 
 
 def test_management_listens_on_loopback_whatever_the_host():
@@ -45,6 +46,14 @@ def test_a_worker_a_cpu_unless_set(monkeypatch):
         text = serve.configuration(settings(**values), {"a": "v1"})
         models = json.loads(dict(line.split("=", 1) for line in text.splitlines())["models"])
         assert models["a"]["v1"]["minWorkers"] == models["a"]["v1"]["maxWorkers"] == expected
+
+
+def test_calls_are_taken_up_one_by_one_on_a_cpu_unless_set(monkeypatch):
+    for gpus, values, expected in ((0, {}, 1), (2, {}, 8), (0, {"batch_size": 4}, 4), (2, {"batch_size": 4}, 4)):
+        monkeypatch.setattr(serve, "gpus", lambda gpus=gpus: gpus)
+        text = serve.configuration(settings(**values), {"a": "v1"})
+        models = json.loads(dict(line.split("=", 1) for line in text.splitlines())["models"])
+        assert models["a"]["v1"]["batchSize"] == expected
 
 
 def test_every_archive_in_the_store_is_served_under_its_own_name_and_version(tmp_path):

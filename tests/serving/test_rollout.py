@@ -105,20 +105,27 @@ def test_a_new_version_replaces_the_old_one_at_the_same_address(versions, tmp_pa
             processes.end(gateway)
 
 
-def test_one_poisoned_item_in_a_batch_fails_alone(gateway):
-    """Sixteen calls at once, so that TorchServe batches them; every fourth one is of a wrong length."""
-    contract = manifest.read(gateway.bundles["tiny"])
-    client = Client(gateway.target, 32)
-    good = bytes(32 * 32 * 3)
+def test_one_poisoned_item_in_a_batch_fails_alone(versions, tmp_path, monkeypatch):
+    """Sixteen calls at once to a worker that takes up eight together; every fourth one is of a wrong length."""
+    monkeypatch.setenv("BATCH_SIZE", "8")
+    monkeypatch.setenv("WORKERS", "1")
+    contract = manifest.read(versions / "1")
+    (port,) = processes.free_ports(1)
+    client = Client(f"127.0.0.1:{port}", 32)
+    good = contract.input.check_pixels().tobytes()
 
     def call(i):
         data = good[: -1 if i % 4 == 0 else None]
         entries = wire.request({contract.input.contract: data}, [contract.digest])
-        return wire.unpack(client.predictions("tiny", entries, time.monotonic() + 10)).status
+        return wire.unpack(client.predictions("tiny", entries, time.monotonic() + 10))
 
-    with ThreadPoolExecutor(16) as pool:
-        for _ in range(5):
-            assert list(pool.map(call, range(16))) == ["error", "ok", "ok", "ok"] * 4
+    with model_server(tmp_path / "store", port, tmp_path / "log", versions / "1"), ThreadPoolExecutor(16) as pool:
+        wait_answer(port)
+        rounds = [list(pool.map(call, range(16))) for _ in range(5)]
+    for answers in rounds:
+        assert [answer.status for answer in answers] == ["error", "ok", "ok", "ok"] * 4
+    taken_up = Counter(answer.seconds for answers in rounds for answer in answers)
+    assert max(taken_up.values()) > 2, "the calls came one by one"
 
 
 def wait_answer(grpc_port: int) -> None:
