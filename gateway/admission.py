@@ -7,9 +7,10 @@ D. Chiu and R. Jain, Analysis of the increase and decrease algorithms for conges
 of concurrency: AIMDLimit of Netflix's concurrency-limits). The rest is refused at once, before it is parsed.
 
 What comes in a burst is another matter: where a machine stood still for a moment, those who called meanwhile come all
-at once, and are answered in time, since nothing else waits. So for a second after fewer than half the places were
-taken, twice as many are let in (as a queue of Facebook's that was empty a moment ago may be long, and a standing one
-may not: B. Maurer, Fail at Scale, 2015; after CoDel, K. Nichols and V. Jacobson, Controlling queue delay, 2012).
+at once, and are answered in time, since nothing else waits. So where fewer than half the places were taken a moment
+ago there are up to twice as many, and a second later no more than ever (as a queue of Facebook's that was empty a
+moment ago may be long, and a standing one may not: B. Maurer, Fail at Scale, 2015; after CoDel, K. Nichols and
+V. Jacobson, Controlling queue delay, 2012).
 """
 
 import math
@@ -21,7 +22,7 @@ from gateway.errors import Overloaded
 
 LEAST = 32  # are always let in: calls of clients who do not wait would cost more to refuse than to answer
 SHRINK = 0.9
-BURST, BURST_SECONDS = 2, 1.0  # times the limit, for so long
+BURST, BURST_SECONDS = 1.0, 1.0  # places more, of the limit, which then become fewer for so long
 
 
 class Admission:
@@ -58,7 +59,7 @@ class Admission:
         now = time.monotonic()
         if 2 * self._total < self.limit:
             self._calm = now
-        if self._total >= self.limit * (BURST if now - self._calm < BURST_SECONDS else 1):
+        if self._total >= self.limit * (1 + BURST * max(0.0, 1 - (now - self._calm) / BURST_SECONDS)):
             share = self.limit / (len(self._held) + (client not in self._held))
             if self._held[client] + 1 > share or self._total >= 1.5 * self.limit:
                 # About when what is here now will have been answered.

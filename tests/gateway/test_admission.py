@@ -16,7 +16,7 @@ from gateway.settings import Settings
 
 @pytest.fixture
 def no_bursts(monkeypatch):
-    monkeypatch.setattr(admission_module, "BURST", 1)
+    monkeypatch.setattr(admission_module, "BURST", 0.0)
 
 
 def entered(admission, client, tries):

@@ -11,7 +11,7 @@ from tiny import picture
 
 from gateway import errors, front
 from gateway.access import Access
-from gateway.admission import BURST, Admission, Place
+from gateway.admission import Admission, Place
 from gateway.app import create_app
 from gateway.front import Front
 from gateway.settings import Settings
@@ -55,7 +55,7 @@ def test_a_body_comes_whole():
 
 def test_who_gets_no_place_has_sent_a_body_that_was_read():
     admission = Admission(1, 0.6)
-    for _ in range(BURST):
+    for _ in range(2):  # one more in a burst
         admission.enter("10.0.0.1")
     sent = environ(b"x" * 900)
     (problem,) = made(admission=admission)(sent, None)
@@ -177,7 +177,7 @@ def test_neither_an_answer_nor_a_refusal_leaves_anything_to_the_garbage_collecto
     assert left(415, lambda: client.post("/predict", data=b"no picture")) == set()
     assert left(503, fails) == set()
     assert left(415, several) == set()
-    places = [admission.enter("10.0.0.1") for _ in range(BURST)]
+    places = [admission.enter("10.0.0.1") for _ in range(2)]  # one more in a burst
     assert left(503) == set()
     for place in places:
         place.leave()
