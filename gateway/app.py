@@ -37,6 +37,8 @@ from gateway.settings import Settings
 
 STATIC = Path(__file__).with_name("static")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+POST = re.compile(rb"POST (/[A-Za-z0-9._:/-]*) HTTP/1\.[01]\r\n")
+TOLD = {"HTTP_X_REQUEST_ID": b"x-request-id", "CONTENT_LENGTH": b"content-length"}
 # The page needs nothing from another host; the docs' own page brings inline scripts with it.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -102,6 +104,26 @@ class Gateway:
         told = functools.partial(telemetry.answered, time.time(), "refused", problem.status)
         telemetry.later(lambda: told({}, {**said, "stages_ms": took}))
         return _plain(problem, request_id)
+
+    def closed(self, head: bytes, address: str) -> bytes:
+        """Like refusal, before gunicorn has read anything: the whole answer to a request with this head, if there is no
+        place for it. Empty where there is one, and where telling who asks takes more than an address."""
+        started, settings = time.perf_counter(), self.settings
+        if settings.api_keys_file or settings.rate or settings.proxies or not (asks := POST.match(head)):
+            return b""
+        path = asks[1].decode()
+        problem = self.admission.look(address) if self.asks(path) else None
+        if not problem:
+            return b""
+        environ = {"REQUEST_METHOD": "POST", "PATH_INFO": path}
+        environ |= {key: _header(head, name) for key, name in TOLD.items()}
+        lines: list[str] = []
+
+        def start_response(status: str, headers: list[tuple[str, str]]) -> None:
+            lines.extend((f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in headers)))
+
+        body = b"".join(self.refusal(problem, environ, started)(environ, start_response))
+        return "\r\n".join((*lines, "Connection: close", "", "")).encode() + body
 
     def _client(self, target: str) -> Client:
         return Client(target, self.settings.in_flight, self.settings.model_seconds, telemetry.RETRIES.inc)
@@ -350,6 +372,11 @@ def _finish(response: Response) -> Response:
 def _line(request_id: str, method: str, path: str, status: int, size: int, fields: dict[str, Any]) -> dict[str, Any]:
     """What is logged of one request; size: of its body, in bytes."""
     return {"request_id": request_id, "method": method, "path": path, "status": status, "bytes": size, **fields}
+
+
+def _header(head: bytes, name: bytes) -> str:
+    found = re.search(rb"\r\n%s:[ \t]*([^\r\n]*)" % name, head, re.IGNORECASE)
+    return found[1].decode("latin-1").strip() if found else ""
 
 
 def _request_id(given: str) -> str:

@@ -29,6 +29,7 @@ STAY = 20  # milliseconds for what comes next; a client in a loop, or a proxy un
 SILENT = 2  # milliseconds for a new connection's first bytes, which mostly come with it
 LINGER = 0.5  # seconds for a client to close its side first; what it sent has been read by then
 HEAD = 4096  # bytes of a request that are looked at
+CHUNK = 1 << 18  # bytes of a body read at a time
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d{1,9}) *\r\n", re.IGNORECASE)
 CHUNKED = re.compile(rb"\r\ntransfer-encoding:", re.IGNORECASE)
 
@@ -62,7 +63,7 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
 
     def handle(self, conn: Any) -> Any:
         try:
-            return self._serve(conn, not _ahead(conn) and _whole(conn.sock))
+            return self._serve(conn, not _ahead(conn) and bool(_whole(conn.sock)))
         finally:
             turn.leave()
 
@@ -78,9 +79,11 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
         server = listener.getsockname()
         try:
             while turn.leads and self.alive and self._accepting and (conn := self._accepted(listener, server)):
-                whole = _whole(conn.sock)
-                conn.data_ready = whole or _readable(conn.sock, SILENT)  # so gunicorn need not wait
-                if kept := self._serve(conn, whole) if conn.data_ready else gthread._DEFER:
+                head = _whole(conn.sock)
+                if head and self._refused(conn, head):
+                    continue
+                conn.data_ready = bool(head) or _readable(conn.sock, SILENT)  # so gunicorn need not wait
+                if kept := self._serve(conn, bool(head)) if conn.data_ready else gthread._DEFER:
                     self.method_queue.defer(self._adopt, conn, kept)
             if turn.leads:
                 turn.leave(passing=False)
@@ -112,7 +115,7 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
             turn.leave()
             if not _readable(conn.sock, STAY):
                 break
-            whole = _whole(conn.sock)
+            whole = bool(_whole(conn.sock))
         if not kept:
             if _over(conn, before):  # then closing cannot cut off the answer
                 util.close(conn.sock)
@@ -121,6 +124,21 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
                 util.close_graceful(conn.sock, LINGER)
             conn.close = lambda graceful=False: None
         return kept
+
+    def _refused(self, conn: Any, head: bytes) -> bool:
+        """Whether there was no place for a connection's first request, which has come whole: it ends here, in half the
+        time that gunicorn takes to read a head and to put an answer together."""
+        answer = self.wsgi.extensions["gateway"].closed(head, conn.client[0])
+        if answer:
+            turn.take()
+            with contextlib.suppress(OSError):  # all has been read: closing cannot cut off the answer
+                while conn.sock.recv(CHUNK):
+                    pass
+            with contextlib.suppress(OSError):  # the client is gone
+                conn.sock.sendall(answer)
+            turn.give()
+            conn.close()
+        return bool(answer)
 
     def _accepted(self, listener: Any, server: Any) -> Any:
         """The next connection, or None where there is none for a while."""
@@ -163,22 +181,22 @@ def _over(conn: Any, before: Any) -> bool:
         return False
 
 
-def _whole(sock: Any) -> bool:
-    """Whether a request has come to its end, so that reading it does not wait. False where that is not easily seen,
-    and where nobody need know."""
+def _whole(sock: Any) -> bytes:
+    """The head of a request that has come to its end, so that reading it does not wait. Empty where that is not easily
+    seen, and where nobody need know."""
     if not turn.needed:
-        return False
+        return b""
     try:
         head = sock.recv(HEAD, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except OSError:
-        return False
+        return b""
     end = head.find(b"\r\n\r\n")
     length = LENGTH.findall(head, 0, end + 2)
     if end < 0 or CHUNKED.search(head, 0, end + 2) or len(length) != head.lower().count(b"content-length", 0, end):
-        return False
+        return b""
     come = array.array("i", [0])
     fcntl.ioctl(sock, termios.FIONREAD, come)
-    return bool(come[0] >= end + 4 + sum(map(int, length)))
+    return head[: end + 4] if come[0] >= end + 4 + sum(map(int, length)) else b""
 
 
 def _readable(sock: Any, milliseconds: int) -> bool:

@@ -1,12 +1,16 @@
-"""Whether a request is here whole, from what lies in the socket: reading a whole one never waits."""
+"""What the worker does with connections itself: it sees whether a request is here whole, and refuses by itself."""
 
 import socket
+import threading
 import time
 
 import pytest
+import requests
+from tiny import picture
 
 from gateway.turn import turn
 from gateway.worker import _whole
+from local import processes
 
 POST = b"POST /predict HTTP/1.1\r\nHost: kennel\r\n"
 
@@ -36,11 +40,83 @@ def test_what_lies_in_the_socket(sent, whole, monkeypatch):
     with ours, theirs:
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         theirs.sendall(sent)
-        assert _whole(ours) is whole
+        assert _whole(ours) == (sent[: sent.index(b"\r\n\r\n") + 4] if whole else b"")
         monkeypatch.setattr(turn, "_until", 0.0)
-        assert _whole(ours) is False  # nobody need know
+        assert not _whole(ours)  # nobody need know
         theirs.close()
         got = b""
         while data := ours.recv(1 << 16):  # looking took nothing away
             got += data
         assert got == sent
+
+
+@pytest.fixture
+def full(torchserve, tiny, tmp_path):
+    """The address of a gateway with two places, both taken until `torchserve.hold` is set."""
+
+    def start(**settings):
+        torchserve.models["tiny"] = tiny["1"]
+        (port,) = processes.free_ports(1)
+        output = (tmp_path / "log").open("ab")
+        started = processes.start_gateway(["tiny"], torchserve.target, port, output, in_flight=1, **settings)
+        ends.append((started, output))
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                if requests.get(f"{url}/readyz", timeout=5).ok:
+                    break
+            except requests.ConnectionError:
+                pass
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        torchserve.hold.clear()
+        ask = {"data": picture("red"), "timeout": 30, "headers": {"X-API-Key": "right"}}
+        held.extend(threading.Thread(target=lambda: requests.post(f"{url}/predict", **ask)) for _ in range(2))
+        for each in held:
+            each.start()
+        time.sleep(0.5)
+        return url
+
+    held, ends = [], []
+    yield start
+    torchserve.hold.set()
+    for each in held:
+        each.join()
+    for process, output in ends:
+        processes.end(process)
+        output.close()
+
+
+@pytest.mark.parametrize("size", [0, 40_000, 3_000_000])
+def test_who_is_refused_has_the_answer_of_any_refusal_and_is_counted(full, size):
+    url = full()
+    answers = [
+        requests.post(f"{url}/predict", data=bytes(size), headers={"X-Request-Id": f"me-{i}"}, timeout=5)
+        for i in range(10)
+    ]
+    for i, answer in enumerate(answers):
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        assert answer.headers["X-Request-Id"] == answer.json()["request_id"] == f"me-{i}"
+        assert answer.headers["Content-Type"] == "application/problem+json"
+        assert "try again soon" in answer.json()["detail"]
+    if size < 100_000:  # what comes in many pieces gunicorn reads
+        assert ["Server" in answer.headers for answer in answers[1:]] == [False] * 9
+    time.sleep(0.5)
+    assert 'kennel_requests_total{route="refused",status="503"} 10.0' in requests.get(f"{url}/metrics", timeout=5).text
+
+
+def test_who_is_refused_for_another_reason_is_told_that(full, tmp_path):
+    (tmp_path / "keys").write_text("right\n")
+    url = full(api_keys_file=tmp_path / "keys")
+    found = [requests.post(f"{url}/predict", headers={"X-API-Key": key}, timeout=5) for key in ("right", "wrong") * 3]
+    assert [answer.status_code for answer in found] == [503, 401] * 3
+
+
+def test_probes_and_pages_are_there_under_overload(full):
+    url = full()
+    for _ in range(3):
+        assert requests.post(f"{url}/predict", timeout=5).status_code == 503
+        assert requests.get(f"{url}/healthz", timeout=5).ok
+        assert requests.get(f"{url}/", timeout=5).ok
+        assert requests.post(f"{url}/nowhere", timeout=5).status_code == 404
