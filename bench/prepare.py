@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from bench import contenders
 from bench.contenders import HOME, Contender, Failed
+from bundle import resample
 from bundle.cpus import whole_cpus
 from bundle.golden import draw
 from bundle.manifest import BundleError
@@ -78,6 +79,7 @@ def identity(
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
     )
     flags = {flag for line in _cpuinfo() if line.startswith("flags") for flag in line.split()}
+    resize = "Pillow" if resample.resample is resample.by_pillow else "bundle/resample.c"
     wide = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if flag in flags]
     bundles = {}
     for name in sorted({contender.bundle for contender in chosen}):
@@ -95,7 +97,8 @@ def identity(
         },
         "bundles": bundles,
         "photos": {size: [_kilobytes(path) for path in paths] for size, paths in photos.items()},
-        "versions": {c.environment: versions(c.environment) for c in chosen if c.environment},
+        "versions": {"ours": f"resized by {resize}"}
+        | {c.environment: versions(c.environment) for c in chosen if c.environment},
         "contenders": [dataclasses.asdict(c) for c in chosen],
         "quick": quick,
         "rounds": rounds,

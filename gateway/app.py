@@ -28,7 +28,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from bundle.cpus import whole_cpus
 from gateway import access, errors, schemas, telemetry
-from gateway.admission import Admission, Place
+from gateway.admission import BURST, Admission, Place
 from gateway.client import Client, Split
 from gateway.errors import Problem
 from gateway.front import PLACE, READ_SECONDS, App, Environ, Front, wanted
@@ -126,7 +126,8 @@ class Gateway:
         return "\r\n".join((*lines, "Connection: close", "", "")).encode() + body
 
     def _client(self, target: str) -> Client:
-        return Client(target, self.settings.in_flight, self.settings.model_seconds, telemetry.RETRIES.inc)
+        calls = int(self.settings.in_flight * (1 + BURST))  # as pictures may be in, each of which could have its own
+        return Client(target, calls, self.settings.model_seconds, telemetry.RETRIES.inc)
 
     def model(self, name: str | None) -> Model:
         """Raises UnknownModel, naming those there are."""

@@ -63,7 +63,7 @@ class Join:
     def __init__(self, call: Call, most: int, seconds: float) -> None:
         """most: calls at a time, whatever the model server says; seconds: that a picture may wait for its call."""
         self._call, self._most, self._seconds = call, most, seconds
-        self.limit, self.waiting = 1.0, 0.0
+        self.limit, self.waiting = float(most), 0.0  # calls: that may be under way, and that wait at the model server
         self._calls = 0
         self._served, self._beside, self._way = 0.0, 0.0, math.inf  # of a call, in seconds: see _learn
         self._waiting: deque[Asked] = deque()
@@ -135,7 +135,10 @@ class Join:
             asked.turn.set()
 
     def _learn(self, took: float, served: float, workers: int) -> None:
-        """From a call that took so long, for so many seconds of which one of so many workers was busy with it."""
+        """From a call that took so long, for so many seconds of which one of so many workers was busy with it.
+
+        In a full round of calls the limit grows or shrinks by one, or by as many as are waiting beyond MOST.
+        """
         if served and workers:
             beside = took - served
             self._served += MEMORY * (served - self._served)
@@ -144,6 +147,6 @@ class Join:
             waited = max(0.0, self._beside - self._way)
             self.waiting = waited * min(self._calls / (self._beside + self._served), workers / self._served)
         if self.waiting > MOST:
-            self.limit = max(1.0, self.limit - 1 / self.limit)
+            self.limit = max(1.0, self.limit - max(1.0, self.waiting - MOST) / self.limit)
         elif self.waiting < LEAST and self._calls >= int(self.limit):  # else nobody knows whether more would wait
             self.limit = min(self._most, self.limit + 1 / self.limit)

@@ -56,7 +56,9 @@ class Settings:
     grpc_management_port: int = 7071
     worker_port: int = 9000  # first of a range: with workers' sockets of two servers apart, both can live
     workers: int = 0  # a model; 0: one a CPU (a GPU, where there is one)
-    batch_size: int = 0  # calls that a worker takes up together; 0: 1 on a CPU, 8 on a GPU
+    # Calls that a worker takes up together; 0: 8 on a GPU, 1 on a CPU, which gains nothing from more of them while each
+    # waits for the next. A call has up to eight pictures by itself (gateway/join.py).
+    batch_size: int = 0
     batch_delay_ms: int = 1  # never 0: TorchServe takes that for 100
     queue_size: int = 100  # calls a model; the gateways together should not admit more
     grace_seconds: float = 30.0  # between SIGTERM and SIGKILL
