@@ -20,7 +20,7 @@ from capacity.stand import LOG, pinned
 from local import processes as local
 from local.processes import ROOT
 
-CLIENTS = 32  # of the closed loop that tells what saturates a replica: four batches of the model server
+CLIENTS = 32  # of the closed loop that tells what saturates a replica: four full calls to the model server
 LEAD, STEP = 1.5, 8.0  # seconds: before what counts of a step, and of what counts
 BUSY = 0.95  # of the load's CPUs: beyond it, it is the load that was late
 OTHERS = 0.1  # CPUs of the tier's that others took: beyond it, measure again

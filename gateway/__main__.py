@@ -28,7 +28,7 @@ class Server(BaseApplication):  # type: ignore[misc]
             "bind": f"{self.settings.host}:{self.settings.port}",
             "worker_class": "gateway.worker.Worker",
             "workers": self.settings.worker_processes,
-            "threads": self.settings.threads,
+            "threads": self.settings.worker_threads,
             "graceful_timeout": int(self.settings.grace_seconds),
             # Longer than the load balancers in front keep their connections (GKE: 600 s).
             "keepalive": 620,

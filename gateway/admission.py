@@ -59,9 +59,10 @@ class Admission:
         now = time.monotonic()
         if 2 * self._total < self.limit:
             self._calm = now
-        if self._total >= self.limit * (1 + BURST * max(0.0, 1 - (now - self._calm) / BURST_SECONDS)):
+        room = self.limit * (1 + BURST * max(0.0, 1 - (now - self._calm) / BURST_SECONDS))
+        if self._total >= room:
             share = self.limit / (len(self._held) + (client not in self._held))
-            if self._held[client] + 1 > share or self._total >= 1.5 * self.limit:
+            if self._held[client] + 1 > share or self._total >= room + self.limit / 2:
                 # About when what is here now will have been answered.
                 return Overloaded(
                     "more pictures are waiting than can be answered in time: try again soon",

@@ -37,7 +37,7 @@ from gateway.settings import Settings
 
 STATIC = Path(__file__).with_name("static")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-POST = re.compile(rb"POST (/[A-Za-z0-9._:/-]*) HTTP/1\.[01]\r\n")
+POST = re.compile(rb"POST (/[A-Za-z0-9._:/-]*)(?:\?[!-~]*)? HTTP/1\.[01]\r\n")
 TOLD = {"HTTP_X_REQUEST_ID": b"x-request-id", "CONTENT_LENGTH": b"content-length"}
 # The page needs nothing from another host; the docs' own page brings inline scripts with it.
 PAGE_POLICY = (

@@ -113,8 +113,10 @@ class Client:
         self._lock = threading.Lock()
         self._call: Any = None
 
-    def predictions(self, model: str, entries: Mapping[str, Value], deadline: float, request_id: str = "") -> bytes:
-        """One Predictions call -> its answer's bytes.
+    def predictions(
+        self, model: str, entries: Mapping[str, Value], deadline: float, request_id: str = ""
+    ) -> tuple[bytes, float]:
+        """One Predictions call -> its answer's bytes, and the seconds that they took, without a try before.
 
         deadline: time.monotonic() at which the caller gives up. Raises Unavailable, Overloaded,
         TimedOut or BadAnswer.
@@ -146,8 +148,9 @@ class Client:
             ready.result(seconds)
         ready.cancel()  # or a thread of its would watch the channel until it is connected, which may be never
 
-    def _once(self, request: bytes, deadline: float, request_id: str) -> bytes:
-        remaining = deadline - time.monotonic()
+    def _once(self, request: bytes, deadline: float, request_id: str) -> tuple[bytes, float]:
+        started = time.monotonic()
+        remaining = deadline - started
         if remaining <= 0:
             raise TimedOut(SLOW)
         try:
@@ -155,8 +158,7 @@ class Client:
         except grpc.RpcError as exc:
             code, details = exc.code(), exc.details() or ""
         else:
-            prediction: bytes = response.prediction
-            return prediction
+            return response.prediction, time.monotonic() - started
         # Here and without a name: with gRPC's error, or as a local, it would hold the request in a circle.
         raise problem(code, details)
 
@@ -174,7 +176,9 @@ class Split:
     def __init__(self, main: Client, canary: Client, share: float, on_failure: Callable[[], None]) -> None:
         self._main, self._canary, self._share, self._on_failure = main, canary, share, on_failure
 
-    def predictions(self, model: str, entries: Mapping[str, Value], deadline: float, request_id: str = "") -> bytes:
+    def predictions(
+        self, model: str, entries: Mapping[str, Value], deadline: float, request_id: str = ""
+    ) -> tuple[bytes, float]:
         """As Client.predictions."""
         if random.random() < self._share:
             try:

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from bundle.wire import Bytes
 from gateway.client import SLOW
@@ -28,7 +28,8 @@ PICTURES = 8  # a call: beyond it nothing is won, and all wait for the last one
 BYTES = 4 << 20  # a call, likewise: for large inputs
 LEAST, MOST = 0.5, 1.5  # calls waiting: with fewer the limit grows, with more it shrinks
 MEMORY = 1 / 8  # the share of the last call in means of calls
-DRIFT = 1 / 1000  # for each call, so that the shortest way there and back is one of the last minutes
+DRIFT = 1 / 100  # for each call that is under way alone, so that the shortest way there and back may become longer
+START = 16  # calls, until answers tell more
 UNDECODED = "more pictures are waiting to be decoded than may wait: try again soon"
 
 
@@ -52,9 +53,17 @@ class Asked:
         self.until = self.deadline
 
 
-# Makes one call for pictures of one contract -> the outcome of each, an exception where it failed; and the seconds that
-# a worker was busy with it and how many workers the model server has, both 0 where nobody knows.
-Call = Callable[[Sequence[Asked]], tuple[Sequence[Any], float, int]]
+class Told(NamedTuple):
+    """What an answer tells: the seconds that the call took, those of them that a worker was busy with it, and how many
+    workers the model server has; the last two are 0 where it does not say."""
+
+    took: float
+    served: float
+    workers: int
+
+
+# Makes one call for pictures of one contract -> the outcome of each, an exception where it failed.
+Call = Callable[[Sequence[Asked]], tuple[Sequence[Any], Told]]
 
 
 class Join:
@@ -63,7 +72,8 @@ class Join:
     def __init__(self, call: Call, most: int, seconds: float) -> None:
         """most: calls at a time, whatever the model server says; seconds: that a picture may wait for its call."""
         self._call, self._most, self._seconds = call, most, seconds
-        self.limit, self.waiting = float(most), 0.0  # calls: that may be under way, and that wait at the model server
+        # Calls that may be under way, and those of them that wait at the model server.
+        self.limit, self.waiting = float(min(START, most)), 0.0
         self._calls = 0
         self._served, self._beside, self._way = 0.0, 0.0, math.inf  # of a call, in seconds: see _learn
         self._waiting: deque[Asked] = deque()
@@ -121,10 +131,9 @@ class Join:
         outcomes: Sequence[Any] = []
         try:
             if wanted:
-                started = time.perf_counter()
-                outcomes, served, workers = self._call(wanted)
+                outcomes, told = self._call(wanted)
                 with self._lock:
-                    self._learn(time.perf_counter() - started, served, workers)
+                    self._learn(*told)
         except BaseException as exc:
             outcomes = [exc] * len(wanted)
         with self._lock:
@@ -135,15 +144,13 @@ class Join:
             asked.turn.set()
 
     def _learn(self, took: float, served: float, workers: int) -> None:
-        """From a call that took so long, for so many seconds of which one of so many workers was busy with it.
-
-        In a full round of calls the limit grows or shrinks by one, or by as many as are waiting beyond MOST.
-        """
+        """In a full round of calls the limit grows or shrinks by one, or by as many as are waiting beyond MOST."""
+        self.waiting = 0.0
         if served and workers:
-            beside = took - served
+            beside = max(1e-6, took - served)
             self._served += MEMORY * (served - self._served)
             self._beside += MEMORY * (beside - self._beside)
-            self._way = min(beside, self._way * (1 + DRIFT))
+            self._way = min(beside, self._way * (1 + DRIFT * (self._calls == 1)))
             waited = max(0.0, self._beside - self._way)
             self.waiting = waited * min(self._calls / (self._beside + self._served), workers / self._served)
         if self.waiting > MOST:

@@ -19,7 +19,7 @@ from bundle.manifest import BundleError, Manifest, parse
 from gateway import errors
 from gateway.client import Client, Split
 from gateway.errors import Problem
-from gateway.join import UNDECODED, Asked, Join
+from gateway.join import UNDECODED, Asked, Join, Told
 
 KEPT = 8  # manifests a model: more versions than a rollout ever has side by side
 CALLS = 64  # of a model under way at once, at most
@@ -52,7 +52,7 @@ class Model:
         """One full round trip with the manifest's own drawing. Raises a Problem where it fails."""
         manifest = self.manifest(deadline)
         pixels = manifest.input.check_pixels().tobytes()
-        _, answer = self._ask({manifest.input.contract: pixels}, 1, deadline, "")
+        _, answer, _ = self._ask({manifest.input.contract: pixels}, 1, deadline, "")
         self._logits(manifest, answer, 0)
         if answer.status == "mismatch":  # another version answered: the next check asks in its terms
             raise errors.Unavailable(f"{self.name} is being replaced: try again soon")
@@ -108,7 +108,7 @@ class Model:
                     raise errors.Overloaded(UNDECODED) from None
                 finally:
                     del decoding  # or its error, this frame and the picture would hold each other
-        manifest, answer = self._ask(pixels, 1, asked.deadline, asked.request_id)
+        manifest, answer, _ = self._ask(pixels, 1, asked.deadline, asked.request_id)
         logits = self._logits(manifest, answer, 0)
         if logits is None:
             raise errors.Unavailable(f"{self.name} is being replaced by yet another version: try again soon")
@@ -123,20 +123,22 @@ class Model:
             problem = errors.of_picture(exc)
         raise problem  # not within: as its context, the picture's error would keep the frames that it went through
 
-    def _together(self, asked: Sequence[Asked]) -> tuple[list[Any], float, int]:
+    def _together(self, asked: Sequence[Asked]) -> tuple[list[Any], Told]:
         """One call for pictures of one contract -> manifest and logits of each; none where another version answered."""
         pixels = {asked[0].contract: [one.pixels for one in asked]}
         deadline = max(one.deadline for one in asked)
-        manifest, answer = self._ask(pixels, len(asked), deadline, ",".join(one.request_id for one in asked))
+        ids = ",".join(one.request_id for one in asked)
+        manifest, answer, took = self._ask(pixels, len(asked), deadline, ids)
+        told = Told(took, answer.seconds, answer.workers)
         if answer.status == "error" and len(asked) > 1:
-            return [(manifest, None)] * len(asked), 0.0, 0  # a server that does not know of `count`: each by itself
+            return [(manifest, None)] * len(asked), told  # a server that does not know of `count`: each by itself
         outcomes: list[Any] = []
         for i in range(len(asked)):
             try:
                 outcomes.append((manifest, self._logits(manifest, answer, i)))
             except Problem as exc:
                 outcomes.append(exc)
-        return outcomes, answer.seconds, answer.workers
+        return outcomes, told
 
     def _logits(self, manifest: Manifest, answer: wire.Answer, i: int) -> NDArray[np.float32] | None:
         if answer.status == "error" or i in answer.failed:
@@ -145,12 +147,13 @@ class Model:
 
     def _ask(
         self, pixels: Mapping[str, wire.Value], count: int, deadline: float, request_id: str
-    ) -> tuple[Manifest, wire.Answer]:
-        """One call -> the manifest of who answered, learned now if need be, and the answer."""
+    ) -> tuple[Manifest, wire.Answer, float]:
+        """One call -> the manifest of who answered, learned now if need be, the answer and the seconds it took."""
         known = self._known()
         entries = wire.request(pixels, known, count)
         try:
-            answer = wire.unpack(self._client.predictions(self.name, entries, deadline, request_id))
+            frame, took = self._client.predictions(self.name, entries, deadline, request_id)
+            answer = wire.unpack(frame)
             self._latest = manifest = known.get(answer.digest) or self._learn(answer)
         except (wire.FrameError, BundleError) as exc:
             raise errors.BadAnswer(f"{self.name}: {exc}") from exc
@@ -159,7 +162,7 @@ class Model:
             raise errors.BadAnswer(
                 f"{self.name}: {found[1]} logits came for {expected[1]} classes, {found[0]} times for {count}"
             )
-        return manifest, answer
+        return manifest, answer, took
 
     def _learn(self, answer: wire.Answer) -> Manifest:
         manifest = parse(answer.manifest)

@@ -7,6 +7,7 @@ from typing import Any
 
 from bundle.cpus import whole_cpus
 from bundle.picture import MAX_PIXELS
+from gateway.admission import BURST
 
 _PARSE: dict[Any, Callable[[str], Any]] = {
     str: str,
@@ -25,9 +26,9 @@ class Settings:
     # 0: one for every two CPUs. Decoding, most of the work, needs no interpreter lock; and what one process has under
     # way shares calls to the model server, which two processes would not.
     processes: int = 0
-    threads: int = 128  # a process: twice as many as in_flight may wait for the model server, and some come and go
+    threads: int = 0  # a process; 0: as many as pictures may be in at a time, and some that come and go
     in_flight: int = (
-        48  # pictures a process takes at a time, at most, and twice that in a burst; more are refused at once
+        48  # pictures a process takes at a time, at most, in a burst twice as many; more are refused at once
     )
     late_seconds: float = 0.6  # answers later than that: fewer pictures at a time are taken, see gateway/admission.py
     deadline_seconds: float = 5.0  # from a request's arrival to its answer
@@ -68,6 +69,10 @@ class Settings:
             if route and (not route.startswith("/") or set(route) & set("<>?#")):
                 raise SystemExit(f"{key.upper()}={route!r} is no path: write it like /predict")
         return cls(**values)  # type: ignore[arg-type]  # each parsed to its field's own type
+
+    @property
+    def worker_threads(self) -> int:
+        return self.threads or int(self.in_flight * (1.5 + BURST)) + 8
 
     @property
     def worker_processes(self) -> int:

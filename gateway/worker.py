@@ -29,7 +29,7 @@ STAY = 20  # milliseconds for what comes next; a client in a loop, or a proxy un
 SILENT = 2  # milliseconds for a new connection's first bytes, which mostly come with it
 LINGER = 0.5  # seconds for a client to close its side first; what it sent has been read by then
 HEAD = 4096  # bytes of a request that are looked at
-CHUNK = 1 << 18  # bytes of a body read at a time
+CHUNK, PIECES = 1 << 18, 64  # bytes of a refused body read at a time, and how often: a socket holds no more
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d{1,9}) *\r\n", re.IGNORECASE)
 CHUNKED = re.compile(rb"\r\ntransfer-encoding:", re.IGNORECASE)
 
@@ -80,9 +80,10 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
         try:
             while turn.leads and self.alive and self._accepting and (conn := self._accepted(listener, server)):
                 head = _whole(conn.sock)
+                conn.data_ready = bool(head) or _readable(conn.sock, SILENT)  # so gunicorn need not wait
+                head = head or _whole(conn.sock)
                 if head and self._refused(conn, head):
                     continue
-                conn.data_ready = bool(head) or _readable(conn.sock, SILENT)  # so gunicorn need not wait
                 if kept := self._serve(conn, bool(head)) if conn.data_ready else gthread._DEFER:
                     self.method_queue.defer(self._adopt, conn, kept)
             if turn.leads:
@@ -131,9 +132,11 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
         answer = self.wsgi.extensions["gateway"].closed(head, conn.client[0])
         if answer:
             turn.take()
-            with contextlib.suppress(OSError):  # all has been read: closing cannot cut off the answer
-                while conn.sock.recv(CHUNK):
-                    pass
+            turn.refused()
+            with contextlib.suppress(OSError):  # all is here: once it is read, closing cannot cut off the answer
+                for _ in range(PIECES):
+                    if not conn.sock.recv(CHUNK):
+                        break
             with contextlib.suppress(OSError):  # the client is gone
                 conn.sock.sendall(answer)
             turn.give()

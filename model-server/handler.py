@@ -182,6 +182,7 @@ def handle(data: list[Request] | None, context: Any) -> list[bytes] | None:
             if gpu is None and gpus():
                 print("there is a GPU, but TorchServe found none: is nvidia-smi missing?", file=sys.stderr, flush=True)
             _model = Model(Path(properties["model_dir"]), "cpu" if gpu is None else f"cuda:{gpu}")
+            _model.answer([{}])  # an archive of another version, whose answers this wire cannot pack, fails here
         except manifest.BundleError as exc:
             # TorchServe logs what a worker writes to stderr as a warning, and tracebacks as mere information.
             print(f"{context.manifest['model']['modelName']}: refused: {exc}", file=sys.stderr, flush=True)

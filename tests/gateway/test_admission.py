@@ -78,10 +78,13 @@ def test_no_load_does_not_let_it_grow():
     assert admission.limit == 20.0
 
 
-def test_one_client_with_many_calls_does_not_shut_out_one_with_a_single_call(no_bursts):
+@pytest.mark.parametrize("burst", [0.0, 1.0])
+def test_one_client_with_many_calls_does_not_shut_out_one_with_a_single_call(monkeypatch, burst):
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(admission_module, "BURST", burst)
     admission = Admission(24, 0.6)
     many = entered(admission, "many", 500)
-    assert len(many) == 24
+    assert len(many) == 24 * (1 + burst)
     one = admission.enter("one")
     assert isinstance(admission.enter("many"), Overloaded)
     one.leave(tells=True)

@@ -9,7 +9,9 @@ import pytest
 
 from gateway import join
 from gateway.errors import Abandoned, DamagedPicture, Overloaded, TimedOut, Unavailable
-from gateway.join import Asked, Join
+from gateway.join import Asked, Join, Told
+
+SILENT = Told(0.005, 0.0, 0)  # of a server that does not say
 
 
 class Server:
@@ -22,7 +24,7 @@ class Server:
     def __call__(self, together):
         self.calls.append([asked.pixels for asked in together])
         assert self.open.wait(10)
-        return [asked.pixels * 2 for asked in together], 0.0, 0
+        return [asked.pixels * 2 for asked in together], SILENT
 
 
 class Workers:
@@ -34,13 +36,15 @@ class Workers:
         self._pool = ThreadPoolExecutor(count)
 
     def __call__(self, together):
-        return self._pool.submit(self._work, together).result()
+        began = time.perf_counter()
+        served = self._pool.submit(self._work).result()
+        self.sizes.append(len(together))
+        return [asked.pixels for asked in together], Told(time.perf_counter() - began, served, self.count)
 
-    def _work(self, together):
+    def _work(self):
         began = time.perf_counter()
         time.sleep(self.seconds)
-        self.sizes.append(len(together))
-        return [asked.pixels for asked in together], time.perf_counter() - began, self.count
+        return time.perf_counter() - began
 
 
 def together(threads, joined, count):
@@ -135,6 +139,12 @@ def test_as_many_calls_are_under_way_as_keep_the_workers_busy_and_hardly_more(th
     assert np.median(server.sizes) == 8
 
 
+def test_a_queue_that_stands_is_never_taken_for_the_way(threads):
+    joined = Join(Workers(1, 0.001), 64, 5)
+    together(threads, joined, 20_000)
+    assert joined.limit < 4
+
+
 def test_a_server_with_more_workers_gets_more_calls_soon(threads):
     joined = Join(Workers(1, 0.01), 64, 5)
     together(threads, joined, 300)
@@ -149,7 +159,8 @@ def test_the_way_there_and_back_is_not_taken_for_waiting(threads):
 
     def far(asked):
         time.sleep(0.01)
-        return server(asked)
+        outcomes, told = server(asked)
+        return outcomes, told._replace(took=told.took + 0.01)
 
     joined = Join(far, 64, 5)
     together(threads, joined, 5000)
@@ -167,10 +178,10 @@ def test_it_grows_only_where_there_are_more_calls_to_make(threads):
 def test_to_a_server_that_does_not_say_how_long_it_takes_all_calls_go(threads):
     def silent(together):
         time.sleep(0.005)
-        return [asked.pixels for asked in together], 0.0, 0
+        return [asked.pixels for asked in together], SILENT
 
     joined = Join(silent, 5, 5)
-    joined.limit = 1.0
+    joined.limit, joined.waiting = 1.0, 20.0  # what another server told before
     together(threads, joined, 500)
     assert joined.limit == 5
 

@@ -58,7 +58,9 @@ def full(torchserve, tiny, tmp_path):
         torchserve.models["tiny"] = tiny["1"]
         (port,) = processes.free_ports(1)
         output = (tmp_path / "log").open("ab")
-        started = processes.start_gateway(["tiny"], torchserve.target, port, output, in_flight=1, **settings)
+        started = processes.start_gateway(
+            ["tiny"], torchserve.target, port, output, processes=1, in_flight=1, **settings
+        )
         ends.append((started, output))
         url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + 20
@@ -75,7 +77,9 @@ def full(torchserve, tiny, tmp_path):
         held.extend(threading.Thread(target=lambda: requests.post(f"{url}/predict", **ask)) for _ in range(2))
         for each in held:
             each.start()
-        time.sleep(0.5)
+        while "kennel_in_flight 2.0" not in requests.get(f"{url}/metrics", timeout=5).text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         return url
 
     held, ends = [], []

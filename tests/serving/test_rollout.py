@@ -117,7 +117,7 @@ def test_one_poisoned_item_in_a_batch_fails_alone(versions, tmp_path, monkeypatc
     def call(i):
         data = good[: -1 if i % 4 == 0 else None]
         entries = wire.request({contract.input.contract: data}, [contract.digest])
-        return wire.unpack(client.predictions("tiny", entries, time.monotonic() + 10))
+        return wire.unpack(client.predictions("tiny", entries, time.monotonic() + 10)[0])
 
     with model_server(tmp_path / "store", port, tmp_path / "log", versions / "1"), ThreadPoolExecutor(16) as pool:
         wait_answer(port)
