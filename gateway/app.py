@@ -38,7 +38,6 @@ from gateway.settings import Settings
 STATIC = Path(__file__).with_name("static")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 POST = re.compile(rb"POST (/[A-Za-z0-9._:/-]*)(?:\?[!-~]*)? HTTP/1\.[01]\r\n")
-TOLD = {"HTTP_X_REQUEST_ID": b"x-request-id", "CONTENT_LENGTH": b"content-length"}
 # The page needs nothing from another host; the docs' own page brings inline scripts with it.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -115,8 +114,12 @@ class Gateway:
         problem = self.admission.look(address) if self.asks(path) else None
         if not problem:
             return b""
-        environ = {"REQUEST_METHOD": "POST", "PATH_INFO": path}
-        environ |= {key: _header(head, name) for key, name in TOLD.items()}
+        environ = {
+            "REQUEST_METHOD": "POST",
+            "PATH_INFO": path,
+            "HTTP_X_REQUEST_ID": _header(head, b"x-request-id"),
+            "CONTENT_LENGTH": _header(head, b"content-length"),
+        }
         lines: list[str] = []
 
         def start_response(status: str, headers: list[tuple[str, str]]) -> None:
@@ -126,7 +129,7 @@ class Gateway:
         return "\r\n".join((*lines, "Connection: close", "", "")).encode() + body
 
     def _client(self, target: str) -> Client:
-        calls = int(self.settings.in_flight * (1 + BURST))  # as pictures may be in, each of which could have its own
+        calls = int(self.settings.in_flight * (1 + BURST))  # as one client's pictures may be in, each with its own
         return Client(target, calls, self.settings.model_seconds, telemetry.RETRIES.inc)
 
     def model(self, name: str | None) -> Model:

@@ -72,8 +72,7 @@ class Join:
     def __init__(self, call: Call, most: int, seconds: float) -> None:
         """most: calls at a time, whatever the model server says; seconds: that a picture may wait for its call."""
         self._call, self._most, self._seconds = call, most, seconds
-        # Calls that may be under way, and those of them that wait at the model server.
-        self.limit, self.waiting = float(min(START, most)), 0.0
+        self.limit = float(min(START, most))  # of calls under way
         self._calls = 0
         self._served, self._beside, self._way = 0.0, 0.0, math.inf  # of a call, in seconds: see _learn
         self._waiting: deque[Asked] = deque()
@@ -145,15 +144,15 @@ class Join:
 
     def _learn(self, took: float, served: float, workers: int) -> None:
         """In a full round of calls the limit grows or shrinks by one, or by as many as are waiting beyond MOST."""
-        self.waiting = 0.0
+        waiting = 0.0  # calls, at the model server
         if served and workers:
             beside = max(1e-6, took - served)
             self._served += MEMORY * (served - self._served)
             self._beside += MEMORY * (beside - self._beside)
             self._way = min(beside, self._way * (1 + DRIFT * (self._calls == 1)))
             waited = max(0.0, self._beside - self._way)
-            self.waiting = waited * min(self._calls / (self._beside + self._served), workers / self._served)
-        if self.waiting > MOST:
-            self.limit = max(1.0, self.limit - max(1.0, self.waiting - MOST) / self.limit)
-        elif self.waiting < LEAST and self._calls >= int(self.limit):  # else nobody knows whether more would wait
+            waiting = waited * min(self._calls / (self._beside + self._served), workers / self._served)
+        if waiting > MOST:
+            self.limit = max(1.0, self.limit - max(1.0, waiting - MOST) / self.limit)
+        elif waiting < LEAST and self._calls >= int(self.limit):  # else nobody knows whether more would wait
             self.limit = min(self._most, self.limit + 1 / self.limit)

@@ -27,9 +27,7 @@ class Settings:
     # way shares calls to the model server, which two processes would not.
     processes: int = 0
     threads: int = 0  # a process; 0: as many as pictures may be in at a time, and some that come and go
-    in_flight: int = (
-        48  # pictures a process takes at a time, at most, in a burst twice as many; more are refused at once
-    )
+    in_flight: int = 48  # pictures a process takes at a time, in a burst twice as many; more are refused at once
     late_seconds: float = 0.6  # answers later than that: fewer pictures at a time are taken, see gateway/admission.py
     deadline_seconds: float = 5.0  # from a request's arrival to its answer
     # One call to the model server, waiting there included. TorchServe queues calls without a word while
@@ -72,6 +70,7 @@ class Settings:
 
     @property
     def worker_threads(self) -> int:
+        # What gateway/admission.py lets in at the most: in a burst, with half the limit for those who hold little.
         return self.threads or int(self.in_flight * (1.5 + BURST)) + 8
 
     @property

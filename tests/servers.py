@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import requests
 
 from local import processes
 
@@ -48,3 +49,23 @@ def gone(family: list[psutil.Process], seconds: float = 5) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def wait_up(url: str) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            requests.get(f"{url}/healthz", timeout=1)
+            return
+        except requests.RequestException:
+            time.sleep(0.1)
+    raise AssertionError(f"{url} does not answer")
+
+
+def wait_ready(url: str) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if requests.get(f"{url}/readyz", timeout=5).ok:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{url} is not ready")

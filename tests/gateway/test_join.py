@@ -181,7 +181,9 @@ def test_to_a_server_that_does_not_say_how_long_it_takes_all_calls_go(threads):
         return [asked.pixels for asked in together], SILENT
 
     joined = Join(silent, 5, 5)
-    joined.limit, joined.waiting = 1.0, 20.0  # what another server told before
+    joined._call = Workers(1, 0.01)  # and one that did say was there before
+    together(threads, joined, 100)
+    joined._call = silent
     together(threads, joined, 500)
     assert joined.limit == 5
 

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import requests
+from servers import wait_ready, wait_up
 from tiny import picture
 
 from gateway.turn import turn
@@ -63,20 +64,14 @@ def full(torchserve, tiny, tmp_path):
         )
         ends.append((started, output))
         url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                if requests.get(f"{url}/readyz", timeout=5).ok:
-                    break
-            except requests.ConnectionError:
-                pass
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.1)
+        wait_up(url)
+        wait_ready(url)
         torchserve.hold.clear()
         ask = {"data": picture("red"), "timeout": 30, "headers": {"X-API-Key": "right"}}
         held.extend(threading.Thread(target=lambda: requests.post(f"{url}/predict", **ask)) for _ in range(2))
         for each in held:
             each.start()
+        deadline = time.monotonic() + 20
         while "kennel_in_flight 2.0" not in requests.get(f"{url}/metrics", timeout=5).text:
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 from load import Load
-from servers import model_server
+from servers import model_server, wait_ready, wait_up
 from tiny import COLOURS, NAMES, misnamed, picture, two_versions
 
 from bundle import manifest, wire
@@ -39,15 +39,6 @@ def check_named_by_who_answered(calls) -> Counter[str]:
         assert call.status == 200, call
     assert not misnamed(calls), misnamed(calls)[:3]
     return Counter(call.body["version"] for call in calls)
-
-
-def wait_ready(url: str) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if requests.get(f"{url}/readyz", timeout=5).ok:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{url} is not ready")
 
 
 def test_two_versions_side_by_side_then_the_old_one_leaves(versions, tmp_path):
@@ -138,14 +129,3 @@ def wait_answer(grpc_port: int) -> None:
         except Exception:  # not there yet: the deadline says when that is a failure
             time.sleep(0.1)
     raise AssertionError(f"no model server answers at port {grpc_port}")
-
-
-def wait_up(url: str) -> None:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            requests.get(f"{url}/healthz", timeout=1)
-            return
-        except requests.RequestException:
-            time.sleep(0.1)
-    raise AssertionError(f"{url} does not answer")
