@@ -6,11 +6,11 @@ import contextlib
 import copy
 import functools
 import os
+import random
 import re
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -384,7 +384,7 @@ def _header(head: bytes, name: bytes) -> str:
 
 
 def _request_id(given: str) -> str:
-    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
 def _problem(problem: Problem) -> Response:

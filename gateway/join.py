@@ -46,11 +46,12 @@ class Asked:
     until: float = field(init=False)  # when it has waited too long for what comes next, in time.monotonic()
     outcome: Any = None
     together: "list[Asked] | None" = None  # whom it calls for, itself first
-    turn: threading.Event = field(default_factory=threading.Event)  # there is an outcome, or a call to make
+    turn: threading.Lock = field(default_factory=threading.Lock)  # free: there is an outcome, or a call to make
     over: bool = False  # nobody waits for it any more
 
     def __post_init__(self) -> None:
         self.until = self.deadline
+        self.turn.acquire()
 
 
 class Told(NamedTuple):
@@ -90,15 +91,15 @@ class Join:
     def fail(self, asked: Asked, why: Exception) -> None:
         """By whoever could not decode it."""
         asked.outcome = untraced(why)
-        asked.turn.set()
+        asked.turn.release()
 
     def outcome(self, asked: Asked) -> Any:
         """Of `call` for this picture, which another thread decodes: its own is woken once. Raises it where it is an
         exception, Overloaded where it is not decoded in time, and TimedOut.
         """
-        while not asked.turn.wait(max(0, min(self._seconds, asked.until - time.monotonic()))):
+        while not asked.turn.acquire(timeout=max(0, min(self._seconds, asked.until - time.monotonic()))):
             with self._lock:
-                if asked.turn.is_set() or asked.until > time.monotonic():
+                if not asked.turn.locked() or asked.until > time.monotonic():
                     continue
                 asked.over = True
                 if asked in self._waiting:  # else it is not decoded, or its call is under way
@@ -122,7 +123,7 @@ class Join:
                 asked.until = asked.deadline
             self._calls += 1
             first.together = together
-            first.turn.set()
+            first.turn.release()
 
     def _lead(self, together: list[Asked]) -> None:
         gone = [asked for asked in together if not asked.wanted()]
@@ -140,7 +141,8 @@ class Join:
             self._start()
         for asked, outcome in [*zip(wanted, outcomes, strict=True), *((asked, Abandoned()) for asked in gone)]:
             asked.outcome = untraced(outcome)
-            asked.turn.set()
+            if asked is not together[0]:  # whose thread this is
+                asked.turn.release()
 
     def _learn(self, took: float, served: float, workers: int) -> None:
         """In a full round of calls the limit grows or shrinks by one, or by as many as are waiting beyond MOST."""

@@ -3,6 +3,9 @@
 gunicorn's main thread accepts a connection, hands it to a thread, is told when that has answered, waits for the next
 request and hands it on again. Here a thread of the pool accepts, reads, refuses and closes, one connection after the
 other, until a request is let in; then another thread takes that over.
+
+Nearly every call on a socket lets go of Python's interpreter lock; mostly another thread takes it, and the CPU turns to
+that one and back. So there are few: of a connection's next request one waits and reads, and one sends the answer.
 """
 
 import array
@@ -12,23 +15,29 @@ import re
 import select
 import selectors
 import socket
+import struct
 import termios
 import threading
 import time
 from concurrent.futures import Future
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from gunicorn import util
 from gunicorn.glogging import Logger
+from gunicorn.http import wsgi
+from gunicorn.http.body import LengthReader
 from gunicorn.workers import gthread
 
 from gateway.turn import turn
 
 STAY = 20  # milliseconds for what comes next; a client in a loop, or a proxy under load, is back by then
 SILENT = 2  # milliseconds for a new connection's first bytes, which mostly come with it
+SOON, EVER = struct.pack("@ll", 0, 1000 * STAY), struct.pack("@ll", 0, 0)  # timeval
 LINGER = 0.5  # seconds for a client to close its side first; what it sent has been read by then
 HEAD = 4096  # bytes of a request that are looked at
+PICTURE = 1 << 16  # bytes read at once of a request that follows; what it has beyond them is read as it is asked for
 CHUNK, PIECES = 1 << 18, 64  # bytes of a refused body read at a time, and how often: a socket holds no more
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d{1,9}) *\r\n", re.IGNORECASE)
 CHUNKED = re.compile(rb"\r\ntransfer-encoding:", re.IGNORECASE)
@@ -39,6 +48,36 @@ class Log(Logger):  # type: ignore[misc]
 
     def access(self, *_: Any) -> None:
         pass
+
+
+class Socket(socket.socket):
+    """A connection's. gunicorn sets whether it blocks three times a request, mostly to what it is."""
+
+    def settimeout(self, value: float | None) -> None:
+        if value != self.gettimeout():
+            super().settimeout(value)
+
+    def setblocking(self, flag: bool) -> None:
+        self.settimeout(None if flag else 0.0)
+
+
+class Answer(wsgi.Response):  # type: ignore[misc]
+    """gunicorn's, whose head goes with the body's first piece."""
+
+    def write(self, arg: bytes) -> None:
+        if self.headers_sent:
+            super().write(arg)
+            return
+        pieces: list[bytes] = []
+        sock, self.sock = self.sock, SimpleNamespace(sendall=pieces.append)  # type: ignore[has-type]
+        try:
+            super().write(arg)
+        finally:
+            self.sock = sock
+            util.write(sock, b"".join(pieces))
+
+
+wsgi.Response = Answer  # where gunicorn's threads look for it
 
 
 class Worker(gthread.ThreadWorker):  # type: ignore[misc]
@@ -66,6 +105,12 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
             return self._serve(conn, not _ahead(conn) and bool(_whole(conn.sock)))
         finally:
             turn.leave()
+
+    def _keepalive_after(self, conn: Any, keepalive: bool) -> bool:
+        """As gunicorn's, which sets a timeout and takes it back even where no body is left to read."""
+        body = conn.parser.mesg.body.reader
+        come = isinstance(body, LengthReader) and not body.length
+        return keepalive and (come or super()._keepalive_after(conn, keepalive))
 
     def _pass_on(self, listener: Any) -> None:
         with self._guard:
@@ -114,9 +159,10 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
             if kept is not True or not self.alive or _ahead(conn):
                 break
             turn.leave()
-            if not _readable(conn.sock, STAY):
+            looks = turn.needed  # at what is still in the socket
+            if not (_readable(conn.sock, STAY) if looks else _more(conn)):
                 break
-            whole = bool(_whole(conn.sock))
+            whole = looks and bool(_whole(conn.sock))
         if not kept:
             if _over(conn, before):  # then closing cannot cut off the answer
                 util.close(conn.sock)
@@ -149,7 +195,8 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
             if wait and not _readable(listener, wait):
                 return None
             with contextlib.suppress(OSError):  # another process has taken it, or it is gone
-                sock, address = listener.accept()
+                accepted, address = listener.accept()
+                sock = Socket(accepted.family, accepted.type, accepted.proto, accepted.detach())
                 return gthread.TConn(self.cfg, sock, address, server)
         return None
 
@@ -200,6 +247,20 @@ def _whole(sock: Any) -> bytes:
     come = array.array("i", [0])
     fcntl.ioctl(sock, termios.FIONREAD, come)
     return head[: end + 4] if come[0] >= end + 4 + sum(map(int, length)) else b""
+
+
+def _more(conn: Any) -> bool:
+    """Whether something of the next request comes within STAY, or the connection's end; the parser has it then."""
+    conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, SOON)
+    try:
+        conn.parser.unreader.unread(conn.sock.recv(PICTURE))
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # whoever reads on is told
+    finally:
+        conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, EVER)
+    return True
 
 
 def _readable(sock: Any, milliseconds: int) -> bool:

@@ -2,11 +2,14 @@
 
 import contextlib
 import socket
+import struct
 import time
 
 import pytest
 import requests
 from tiny import picture
+
+from gateway.turn import SECONDS
 
 PICTURE = picture("red", 300, 200, "JPEG")
 
@@ -66,13 +69,40 @@ def test_more_silent_connections_than_threads_keep_nobody_waiting(gateway):
         assert next(answers(socks[-1], 1))[0] == 200
 
 
-def test_a_body_that_comes_in_pieces(gateway):
+@pytest.fixture
+def calm(gateway):
+    """When nothing was refused for a while: requests are read otherwise then."""
+    time.sleep(SECONDS)
+    return gateway
+
+
+def test_a_request_that_comes_in_pieces(calm):
+    sent = request()
+    pieces = [sent[:40], sent[40:-500], *(sent[at : at + 100 or None] for at in range(-500, 0, 100))]
+    with connections(calm, 1) as (sock,):
+        for _ in range(3):  # what follows on a connection is read otherwise
+            for piece in pieces:
+                sock.sendall(piece)
+                time.sleep(0.03)  # longer than a thread waits for another request
+            assert next(answers(sock, 1))[0] == 200
+
+
+def test_an_answer_comes_in_one_piece(gateway):
     with connections(gateway, 1) as (sock,):
-        sent = request()
-        for i in range(0, len(sent), len(sent) // 5):
-            sock.sendall(sent[i : i + len(sent) // 5])
-            time.sleep(0.02)
-        assert next(answers(sock, 1))[0] == 200
+        for count in range(1, 4):
+            sock.sendall(request())
+            assert next(answers(sock, 1))[0] == 200
+            told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
+            assert struct.unpack_from("I", told, 152)[0] == count  # tcpi_data_segs_in of linux/tcp.h
+
+
+def test_a_client_who_is_gone_after_an_answer_leaves_nothing(gateway):
+    for _ in range(200):  # more than there are threads
+        with connections(gateway, 1) as (sock,):
+            sock.sendall(request(b"no picture"))
+            assert next(answers(sock, 1))[0] == 415
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0" + bytes(4))  # with a reset
+    assert quickly(gateway) < 1
 
 
 def test_one_connection_for_many_requests_waiting_between_them_or_not(gateway):
