@@ -43,7 +43,7 @@ class Asked:
     wanted: Callable[[], bool]  # False once its caller is gone
     pixels: Bytes = b""  # as on the wire, once it is decoded
     decoded: float = 0.0  # when, in time.perf_counter()
-    until: float = field(init=False)  # when it has waited too long for what comes next, in time.monotonic()
+    until: float = field(init=False)  # when it has waited too long for what comes next, its call too, as `deadline`
     outcome: Any = None
     together: "list[Asked] | None" = None  # whom it calls for, itself first
     turn: threading.Lock = field(default_factory=threading.Lock)  # free: there is an outcome, or a call to make
@@ -71,7 +71,8 @@ class Join:
     """One model's calls. A picture's own thread makes the call for those that waited with it: there are no others."""
 
     def __init__(self, call: Call, most: int, seconds: float) -> None:
-        """most: calls at a time, whatever the model server says; seconds: that a picture may wait for its call."""
+        """most: calls at a time, whatever the model server says; seconds: that a picture may wait for its call,
+        and that both may take; a call has a quarter of them at least."""
         self._call, self._most, self._seconds = call, most, seconds
         self.limit = float(min(START, most))  # of calls under way
         self._calls = 0
@@ -119,8 +120,10 @@ class Join:
             most = min(PICTURES, max(1, BYTES // max(1, len(first.pixels))))
             while self._waiting and len(together) < most and self._waiting[0].contract == first.contract:
                 together.append(self._waiting.popleft())
-            for asked in together:
+            for asked in together[1:]:
                 asked.until = asked.deadline
+            # When the call is to end, or those who waited long for it would wait as long again.
+            first.until = max(first.until, time.monotonic() + self._seconds / 4)
             self._calls += 1
             first.together = together
             first.turn.release()

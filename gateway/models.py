@@ -32,7 +32,7 @@ class Model:
     def __init__(
         self, name: str, client: Client | Split, decoding: Executor, max_pixels: int, seconds: float = 1.5
     ) -> None:
-        """seconds: that a picture may wait for its call to the model server."""
+        """seconds: that a picture may wait for its call to the model server, and that both may take: see Join."""
         self.name = name
         self._client, self._decoding, self._max_pixels = client, decoding, max_pixels
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()  # by digest, the oldest learned first
@@ -126,7 +126,7 @@ class Model:
     def _together(self, asked: Sequence[Asked]) -> tuple[list[Any], Told]:
         """One call for pictures of one contract -> manifest and logits of each; none where another version answered."""
         pixels = {asked[0].contract: [one.pixels for one in asked]}
-        deadline = max(one.deadline for one in asked)
+        deadline = asked[0].until
         ids = ",".join(one.request_id for one in asked)
         manifest, answer, took = self._ask(pixels, len(asked), deadline, ids)
         told = Told(took, answer.seconds, answer.workers)
