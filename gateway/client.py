@@ -7,6 +7,7 @@ deadline and a budget, and only where the connection failed.
 
 import contextlib
 import json
+import math
 import random
 import threading
 import time
@@ -114,18 +115,24 @@ class Client:
         self._call: Any = None
 
     def predictions(
-        self, model: str, entries: Mapping[str, Value], deadline: float, request_id: str = ""
+        self,
+        model: str,
+        entries: Mapping[str, Value],
+        deadline: float,
+        request_id: str = "",
+        seconds: float = math.inf,
     ) -> tuple[bytes, float]:
         """One Predictions call -> its answer's bytes, and the seconds that they took, without a try before.
 
-        deadline: time.monotonic() at which the caller gives up. Raises Unavailable, Overloaded,
+        deadline: time.monotonic() at which the caller gives up; seconds: that it may take, where that is less than the
+        client's. Raises Unavailable, Overloaded,
         TimedOut or BadAnswer.
         """
         if not self._free.acquire(blocking=False):
             raise Overloaded("more pictures are waiting for the model than may wait: try again soon")
         try:
             request = encode(model, entries)
-            deadline = min(deadline, time.monotonic() + self._seconds)
+            deadline = min(deadline, time.monotonic() + min(seconds, self._seconds))
             self._budget.earn()
             try:
                 return self._once(request, deadline, request_id)
@@ -177,15 +184,20 @@ class Split:
         self._main, self._canary, self._share, self._on_failure = main, canary, share, on_failure
 
     def predictions(
-        self, model: str, entries: Mapping[str, Value], deadline: float, request_id: str = ""
+        self,
+        model: str,
+        entries: Mapping[str, Value],
+        deadline: float,
+        request_id: str = "",
+        seconds: float = math.inf,
     ) -> tuple[bytes, float]:
         """As Client.predictions."""
         if random.random() < self._share:
             try:
-                return self._canary.predictions(model, entries, deadline, request_id)
+                return self._canary.predictions(model, entries, deadline, request_id, seconds)
             except Problem:
                 self._on_failure()
-        return self._main.predictions(model, entries, deadline, request_id)
+        return self._main.predictions(model, entries, deadline, request_id, seconds)
 
 
 # What TorchServe's own messages mean: its status codes alone do not tell (InferenceImpl.java,

@@ -43,7 +43,8 @@ class Asked:
     wanted: Callable[[], bool]  # False once its caller is gone
     pixels: Bytes = b""  # as on the wire, once it is decoded
     decoded: float = 0.0  # when, in time.perf_counter()
-    until: float = field(init=False)  # when it has waited too long for what comes next, its call too, as `deadline`
+    until: float = field(init=False)  # when it has waited too long for what comes next, in time.monotonic()
+    seconds: float = math.inf  # that its call may take
     outcome: Any = None
     together: "list[Asked] | None" = None  # whom it calls for, itself first
     turn: threading.Lock = field(default_factory=threading.Lock)  # free: there is an outcome, or a call to make
@@ -120,10 +121,10 @@ class Join:
             most = min(PICTURES, max(1, BYTES // max(1, len(first.pixels))))
             while self._waiting and len(together) < most and self._waiting[0].contract == first.contract:
                 together.append(self._waiting.popleft())
-            for asked in together[1:]:
-                asked.until = asked.deadline
-            # When the call is to end, or those who waited long for it would wait as long again.
-            first.until = max(first.until, time.monotonic() + self._seconds / 4)
+            # Less, the longer the first one waited: or it would wait as long again.
+            seconds = max(first.until - time.monotonic(), self._seconds / 4)
+            for asked in together:
+                asked.until, asked.seconds = asked.deadline, seconds
             self._calls += 1
             first.together = together
             first.turn.release()

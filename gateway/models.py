@@ -4,6 +4,7 @@ During a rollout, pods with another input or other classes answer side by side. 
 carries its bundle's digest, and is read with that bundle's manifest and no other.
 """
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -126,9 +127,9 @@ class Model:
     def _together(self, asked: Sequence[Asked]) -> tuple[list[Any], Told]:
         """One call for pictures of one contract -> manifest and logits of each; none where another version answered."""
         pixels = {asked[0].contract: [one.pixels for one in asked]}
-        deadline = asked[0].until
+        deadline = max(one.deadline for one in asked)
         ids = ",".join(one.request_id for one in asked)
-        manifest, answer, took = self._ask(pixels, len(asked), deadline, ids)
+        manifest, answer, took = self._ask(pixels, len(asked), deadline, ids, asked[0].seconds)
         told = Told(took, answer.seconds, answer.workers)
         if answer.status == "error" and len(asked) > 1:
             return [(manifest, None)] * len(asked), told  # a server that does not know of `count`: each by itself
@@ -146,13 +147,18 @@ class Model:
         return None if answer.logits is None else answer.logits[i]
 
     def _ask(
-        self, pixels: Mapping[str, wire.Value], count: int, deadline: float, request_id: str
+        self,
+        pixels: Mapping[str, wire.Value],
+        count: int,
+        deadline: float,
+        request_id: str,
+        seconds: float = math.inf,
     ) -> tuple[Manifest, wire.Answer, float]:
         """One call -> the manifest of who answered, learned now if need be, the answer and the seconds it took."""
         known = self._known()
         entries = wire.request(pixels, known, count)
         try:
-            frame, took = self._client.predictions(self.name, entries, deadline, request_id)
+            frame, took = self._client.predictions(self.name, entries, deadline, request_id, seconds)
             answer = wire.unpack(frame)
             self._latest = manifest = known.get(answer.digest) or self._learn(answer)
         except (wire.FrameError, BundleError) as exc:

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fake_torchserve import FakeTorchServe
 from tiny import picture
 
 from bundle import wire
 from gateway import errors
-from gateway.client import Client
+from gateway.client import Client, Split
 from gateway.models import Model
 
 
@@ -169,3 +170,17 @@ def test_a_server_that_knows_one_picture_a_call_is_asked_for_each(torchserve, ti
 
     monkeypatch.setattr(tiny["1"], "answer", one_each)
     assert at_once(torchserve, model, COLOURS) == [("1", colour) for colour in ["red", *COLOURS]]
+
+
+def test_a_canary_that_hangs_leaves_the_main_server_its_time(torchserve, tiny):
+    canary, failures = FakeTorchServe(), []
+    torchserve.models["tiny"] = canary.models["tiny"] = tiny["1"]
+    canary.hold.clear()
+    split = Split(Client(torchserve.target, 8, 0.4), Client(canary.target, 8, 0.4), 1.0, lambda: failures.append(1))
+    model = Model("tiny", split, ThreadPoolExecutor(2), 10_000_000, 0.4)
+    try:
+        assert [ask(model, colour) for colour in ("red", "green")] == [("1", "red"), ("1", "green")]
+    finally:
+        canary.hold.set()
+        canary.server.stop(0).wait()
+    assert len(failures) == 3  # for the manifest, too
