@@ -80,6 +80,11 @@ class Bench:
     def _spent(self) -> float:
         return sum(seconds for _, seconds in processes.cpu(processes.tree(self.process.pid)).values())
 
+    def _cores(self, rate: float, cpu_ms: float) -> float:
+        """CPUs at that rate: never more than it has, though a call may cost more than its share of them, as the first
+        ones of a JVM do, or those of a step too short to show that its rate is never kept."""
+        return min(len(self.cpus), self.idle_cores + rate * cpu_ms / 1e3)
+
     def idle(self) -> None:
         before, began = self._spent(), time.monotonic()
         time.sleep(IDLE)
@@ -93,7 +98,7 @@ class Bench:
         if not answers:
             raise SystemExit(f"calibrate: the {self.name} answered nobody; see {LOG.relative_to(ROOT)}")
         rate = 2 * answers / seconds
-        return rate, self.idle_cores + rate * cost["cpu_ms"] / 1e3
+        return rate, self._cores(rate, cost["cpu_ms"])
 
     def step(self, rate: float, seconds: float = 0.0) -> Step:
         """The rate held for `seconds`, STEP by default, after a lead that does not count."""
@@ -113,7 +118,7 @@ class Bench:
             refused=told["refused"],
             failed=failed,
             passed=not failed and not told["refused"] and 0 < p99 <= self.objective_ms,
-            cores=self.idle_cores + rate * cost["cpu_ms"] / 1e3,
+            cores=self._cores(rate, cost["cpu_ms"]),
             memory_mb=self.peak_mb,
             quantiles_ms=tuple(np.quantile(right, LEVELS).tolist()),
             **cost,

@@ -146,6 +146,14 @@ def test_a_step_passes_where_all_are_answered_in_time(status, seconds, passed):
     assert ("too much" in line(found)) is not passed
 
 
+def test_no_more_cpus_are_told_than_a_replica_has():
+    """A target above the request would never be reached. 300/s at 4 ms each are 1.2 CPUs."""
+    bench = Told("gateway", None, [], [0], [1], 1.0, 9000.0)
+    bench.rows = [Row(t, 2.0, 200, GOOD) for t in np.linspace(0, 9.5, 2850, endpoint=False)]
+    assert bench.step(300.0).cores == 1.0
+    assert bench.saturate(6.0) == (300.0, 1.0)
+
+
 def test_what_nobody_answered_is_no_speed():
     bench = Told("gateway", None, [], [0], [1], 1.0, 300.0)
     bench.rows = [Row(0.1, 1.0, 503, GOOD)]
