@@ -29,6 +29,14 @@ def there(bucket, folder):
     return manifest.read(folder).digest
 
 
+@pytest.mark.parametrize("last", [b"\r", b"\n", b"\r\n", b"-", b""])
+def test_the_emulated_bucket_keeps_the_last_byte(bucket, tmp_path, last):
+    file = tmp_path / "events"
+    file.write_bytes(b"\n\r\n\r" + last)
+    put(file, "gs://pets/events")
+    assert bucket.cat_file("pets/events") == file.read_bytes()
+
+
 def test_into_a_bucket_and_over_another_one(bucket, two, tmp_path):
     old, new = two
     assert publish(old, ADDRESS).digest == there(bucket, tmp_path / "1")
