@@ -15,6 +15,9 @@ from gunicorn.app.base import BaseApplication
 
 from gateway.settings import Settings
 
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX = -3, -1, -8  # malloc.h
+ARENAS = 2  # Python's own lock lets few threads ask for memory at a time
+
 
 class Server(BaseApplication):  # type: ignore[misc]
     def __init__(self, settings: Settings, shared: Path) -> None:
@@ -66,15 +69,16 @@ def _forget(_: Any, worker: Any) -> None:
 
 
 def _give_memory_back() -> None:
-    """A large picture's memory goes back to the system once it is decoded, whichever thread did that.
+    """A large picture's memory goes back to the system once it is decoded, and what is free in one thread serves the
+    others, whatever glibc would do: other systems' allocators are left alone.
 
-    glibc would raise its threshold with the first one and from then on keep such pieces, of 16 MB, for each thread
-    (mallopt(3), M_MMAP_THRESHOLD): a process of 75 MB held 390 MB after two pictures of 64 megapixels. Other systems'
-    allocators are left alone.
+    It would raise its threshold with the first one and from then on keep such pieces, of 16 MB, for each thread
+    (mallopt(3), M_MMAP_THRESHOLD): a process of 75 MB held 390 MB after two pictures of 64 megapixels. And it would
+    keep eight arenas for each CPU of the machine, each with holes of its own (M_ARENA_MAX): docs/speed.md.
     """
     if hasattr(library := ctypes.CDLL(None), "mallopt"):
-        for option, size in ((-3, 4 << 20), (-1, 4 << 20)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-            library.mallopt(option, size)
+        for option, value in ((M_MMAP_THRESHOLD, 4 << 20), (M_TRIM_THRESHOLD, 4 << 20), (M_ARENA_MAX, ARENAS)):
+            library.mallopt(option, value)
 
 
 def _keep_giving_memory_back() -> None:

@@ -85,6 +85,16 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
         self._guard, self._leaders = threading.Lock(), 0
         super().init_process()
 
+    def get_thread_pool(self) -> Any:
+        """All its threads at once: all are used then, and what each comes to hold, a fifth of a megabyte, is there before
+        a first overload and not only after it."""
+        pool = super().get_thread_pool()
+        here = threading.Barrier(self.cfg.threads + 1)
+        for _ in range(self.cfg.threads):
+            pool.submit(here.wait)
+        here.wait()
+        return pool
+
     def accept(self, listener: Any) -> None:
         """On the main thread: a thread of the pool takes the listener, and with it all that waits there."""
         self.poller.unregister(listener)

@@ -1,14 +1,19 @@
 """What the worker does with connections itself: it sees whether a request is here whole, and refuses by itself."""
 
+import ctypes
 import socket
+import subprocess
+import sys
 import threading
 import time
 
+import psutil
 import pytest
 import requests
 from servers import wait_ready, wait_up
 from tiny import picture
 
+from gateway.__main__ import ARENAS
 from gateway.turn import turn
 from gateway.worker import _whole
 from local import processes
@@ -119,3 +124,41 @@ def test_probes_and_pages_are_there_under_overload(full):
         assert requests.get(f"{url}/healthz", timeout=5).ok
         assert requests.get(f"{url}/", timeout=5).ok
         assert requests.post(f"{url}/nowhere", timeout=5).status_code == 404
+
+
+def test_all_threads_are_there_from_the_start(torchserve, tiny, tmp_path):
+    torchserve.models["tiny"] = tiny["1"]
+    (port,) = processes.free_ports(1)
+    with (tmp_path / "log").open("ab") as output:
+        started = processes.start_gateway(["tiny"], torchserve.target, port, output, processes=1, threads=77)
+        try:
+            wait_up(f"http://127.0.0.1:{port}")
+            (worker,) = psutil.Process(started.pid).children()
+            assert worker.num_threads() > 77
+        finally:
+            processes.end(started)
+
+
+ALL_AT_ONCE = """
+import ctypes, threading
+from gateway.__main__ import _give_memory_back
+_give_memory_back()
+libc, all_here = ctypes.CDLL(None), threading.Barrier(64)
+libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p
+def take():
+    all_here.wait()
+    for _ in range(100):
+        libc.malloc(100_000)  # of libc's own: without Python's lock
+threads = [threading.Thread(target=take) for _ in range(64)]
+[each.start() for each in threads]
+[each.join() for each in threads]
+stream = libc.fdopen(1, b"w")
+libc.malloc_info(0, ctypes.c_void_p(stream))
+libc.fflush(ctypes.c_void_p(stream))
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="glibc's")
+def test_what_is_free_in_one_thread_serves_the_others():
+    told = subprocess.run([sys.executable, "-c", ALL_AT_ONCE], cwd=processes.ROOT, capture_output=True, check=True)
+    assert told.stdout.count(b"<heap nr=") == ARENAS
