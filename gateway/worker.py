@@ -86,8 +86,8 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
         super().init_process()
 
     def get_thread_pool(self) -> Any:
-        """All its threads at once: all are used then, and what each comes to hold, a fifth of a megabyte, is there before
-        a first overload and not only after it."""
+        """All its threads at once: all are used then, and what each comes to hold, a fifth of a megabyte, it holds
+        before a first overload and not only after it."""
         pool = super().get_thread_pool()
         here = threading.Barrier(self.cfg.threads + 1)
         for _ in range(self.cfg.threads):
