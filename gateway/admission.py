@@ -23,6 +23,7 @@ from gateway.errors import Overloaded
 LEAST = 32  # are always let in: calls of clients who do not wait would cost more to refuse than to answer
 SHRINK = 0.9
 BURST, BURST_SECONDS = 1.0, 1.0  # places more, of the limit, which then become fewer for so long
+OTHERS = 0.5  # places above all those, of the limit, for clients that hold less than their share
 
 
 class Admission:
@@ -47,7 +48,7 @@ class Admission:
         its frames hold until the garbage collector comes by, and there may be a thousand a second.
 
         Where all are taken, a client that holds less than its share still gets in, so that one with hundreds
-        of calls does not shut out one with a single call; half as many as the limit are let in above it.
+        of calls does not shut out one with a single call.
         """
         with self._lock:
             if refused := self._check(client):
@@ -62,7 +63,7 @@ class Admission:
         room = self.limit * (1 + BURST * max(0.0, 1 - (now - self._calm) / BURST_SECONDS))
         if self._total >= room:
             share = self.limit / (len(self._held) + (client not in self._held))
-            if self._held[client] + 1 > share or self._total >= room + self.limit / 2:
+            if self._held[client] + 1 > share or self._total >= room + OTHERS * self.limit:
                 # About when what is here now will have been answered.
                 return Overloaded(
                     "more pictures are waiting than can be answered in time: try again soon",

@@ -7,7 +7,7 @@ from typing import Any
 
 from bundle.cpus import whole_cpus
 from bundle.picture import MAX_PIXELS
-from gateway.admission import BURST
+from gateway.admission import BURST, OTHERS
 
 _PARSE: dict[Any, Callable[[str], Any]] = {
     str: str,
@@ -70,8 +70,7 @@ class Settings:
 
     @property
     def worker_threads(self) -> int:
-        # What gateway/admission.py lets in at the most: in a burst, with half the limit for those who hold little.
-        return self.threads or int(self.in_flight * (1.5 + BURST)) + 8
+        return self.threads or int(self.in_flight * (1 + BURST + OTHERS)) + 8  # all that gateway/admission.py lets in
 
     @property
     def worker_processes(self) -> int:
