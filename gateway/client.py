@@ -125,8 +125,7 @@ class Client:
         """One Predictions call -> its answer's bytes, and the seconds that they took, without a try before.
 
         deadline: time.monotonic() at which the caller gives up; seconds: that it may take, where that is less than the
-        client's. Raises Unavailable, Overloaded,
-        TimedOut or BadAnswer.
+        client's. Raises Unavailable, Overloaded, TimedOut or BadAnswer.
         """
         if not self._free.acquire(blocking=False):
             raise Overloaded("more pictures are waiting for the model than may wait: try again soon")
@@ -183,21 +182,14 @@ class Split:
     def __init__(self, main: Client, canary: Client, share: float, on_failure: Callable[[], None]) -> None:
         self._main, self._canary, self._share, self._on_failure = main, canary, share, on_failure
 
-    def predictions(
-        self,
-        model: str,
-        entries: Mapping[str, Value],
-        deadline: float,
-        request_id: str = "",
-        seconds: float = math.inf,
-    ) -> tuple[bytes, float]:
-        """As Client.predictions."""
+    def predictions(self, *asked: Any) -> tuple[bytes, float]:
+        """As Client.predictions, of the same arguments; `seconds` are for each of the two."""
         if random.random() < self._share:
             try:
-                return self._canary.predictions(model, entries, deadline, request_id, seconds)
+                return self._canary.predictions(*asked)
             except Problem:
                 self._on_failure()
-        return self._main.predictions(model, entries, deadline, request_id, seconds)
+        return self._main.predictions(*asked)
 
 
 # What TorchServe's own messages mean: its status codes alone do not tell (InferenceImpl.java,

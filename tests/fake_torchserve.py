@@ -48,6 +48,10 @@ class FakeTorchServe:
         self.target = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
         self.server.start()
 
+    def end(self):
+        self.hold.set()
+        self.server.stop(0).wait()
+
     def _predictions(self, request, context):
         self.calls.append(dict(request.input))
         self.metadata.append(dict(context.invocation_metadata()))

@@ -99,7 +99,7 @@ def torchserve(tmp_path: Path):
     fake = FakeTorchServe()
     fake.models["tiny"] = handler.Model(tmp_path / "tiny")
     yield fake, manifest
-    fake.server.stop(None)
+    fake.end()
 
 
 def test_a_model_server_is_called_as_a_gateway_calls_it(torchserve):

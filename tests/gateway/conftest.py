@@ -8,8 +8,7 @@ from tiny import tiny_bundle
 def torchserve():
     server = FakeTorchServe()
     yield server
-    server.hold.set()
-    server.server.stop(0).wait()
+    server.end()
 
 
 @pytest.fixture(scope="session")

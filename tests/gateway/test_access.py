@@ -109,7 +109,7 @@ def test_a_canary_gets_its_share_and_a_dead_one_costs_no_answer(client_of, tiny)
         client = client_of(canary=canary.target, canary_share=0.5)
         versions = [ask(client).json["version"] for _ in range(60)]
         assert 12 <= versions.count("2") <= 48, "half, but for a chance of one in a million"
-        canary.server.stop(0).wait()
+        canary.end()
         assert {ask(client).json["version"] for _ in range(20)} == {"1"}
     finally:
-        canary.server.stop(0).wait()
+        canary.end()

@@ -195,7 +195,7 @@ def test_calls_go_round_over_every_address(tiny):
         time.sleep(0.005)
     assert min(len(server.calls) for server in servers) >= 12
     for server in servers:
-        server.server.stop(0).wait()
+        server.end()
 
 
 def test_importing_the_gateway_opens_nothing_and_needs_no_torch():

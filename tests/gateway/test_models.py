@@ -181,6 +181,5 @@ def test_a_canary_that_hangs_leaves_the_main_server_its_time(torchserve, tiny):
     try:
         assert [ask(model, colour) for colour in ("red", "green")] == [("1", "red"), ("1", "green")]
     finally:
-        canary.hold.set()
-        canary.server.stop(0).wait()
+        canary.end()
     assert len(failures) == 3  # for the manifest, too

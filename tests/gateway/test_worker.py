@@ -57,19 +57,30 @@ def test_what_lies_in_the_socket(sent, whole, monkeypatch):
 
 
 @pytest.fixture
-def full(torchserve, tiny, tmp_path):
-    """The address of a gateway with two places, both taken until `torchserve.hold` is set."""
+def started(torchserve, tiny, tmp_path):
+    """Starts gateways of one process -> the gunicorn that started it, and its address."""
 
     def start(**settings):
         torchserve.models["tiny"] = tiny["1"]
         (port,) = processes.free_ports(1)
-        output = (tmp_path / "log").open("ab")
-        started = processes.start_gateway(
-            ["tiny"], torchserve.target, port, output, processes=1, in_flight=1, **settings
-        )
-        ends.append((started, output))
+        ends.append(processes.start_gateway(["tiny"], torchserve.target, port, output, processes=1, **settings))
         url = f"http://127.0.0.1:{port}"
         wait_up(url)
+        return ends[-1], url
+
+    ends = []
+    with (tmp_path / "log").open("ab") as output:
+        yield start
+        for process in ends:
+            processes.end(process)
+
+
+@pytest.fixture
+def full(started, torchserve):
+    """The address of a gateway with two places, both taken until `torchserve.hold` is set."""
+
+    def start(**settings):
+        _, url = started(in_flight=1, **settings)
         wait_ready(url)
         torchserve.hold.clear()
         ask = {"data": picture("red"), "timeout": 30, "headers": {"X-API-Key": "right"}}
@@ -82,14 +93,11 @@ def full(torchserve, tiny, tmp_path):
             time.sleep(0.05)
         return url
 
-    held, ends = [], []
+    held = []
     yield start
     torchserve.hold.set()
     for each in held:
         each.join()
-    for process, output in ends:
-        processes.end(process)
-        output.close()
 
 
 @pytest.mark.parametrize("size", [0, 40_000, 3_000_000])
@@ -126,17 +134,10 @@ def test_probes_and_pages_are_there_under_overload(full):
         assert requests.post(f"{url}/nowhere", timeout=5).status_code == 404
 
 
-def test_all_threads_are_there_from_the_start(torchserve, tiny, tmp_path):
-    torchserve.models["tiny"] = tiny["1"]
-    (port,) = processes.free_ports(1)
-    with (tmp_path / "log").open("ab") as output:
-        started = processes.start_gateway(["tiny"], torchserve.target, port, output, processes=1, threads=77)
-        try:
-            wait_up(f"http://127.0.0.1:{port}")
-            (worker,) = psutil.Process(started.pid).children()
-            assert worker.num_threads() > 77
-        finally:
-            processes.end(started)
+def test_all_threads_are_there_from_the_start(started):
+    process, _ = started(threads=77)
+    (worker,) = psutil.Process(process.pid).children()
+    assert worker.num_threads() > 77
 
 
 ALL_AT_ONCE = """
