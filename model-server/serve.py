@@ -134,13 +134,12 @@ class Server:
         config.write_text(configuration(settings, models))
         here = Path(__file__).resolve().parent
         threads = max(1, whole_cpus() // workers(settings))
+        path = [str(here / "site"), str(here / "worker"), str(here.parent), os.environ.get("PYTHONPATH")]
         environment = {
             **os.environ,
             "TEMP": str(scratch),  # unpacked models, pid file and workers' sockets
             "TMPDIR": str(scratch),
-            "PYTHONPATH": os.pathsep.join(
-                [str(here / "worker"), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-            ),
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
             "THREADS": str(threads),
             "OMP_NUM_THREADS": str(threads),
             "PRECISION": settings.precision,

@@ -41,6 +41,12 @@ def model_server(store: Path, grpc_port: int, log: Path, *bundles: Path) -> Iter
             processes.end(process)
 
 
+def workers(server: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """A model server's Python processes that run models."""
+    family = psutil.Process(server.pid).children(recursive=True)
+    return [process for process in family if "model_service_worker" in " ".join(process.cmdline())]
+
+
 def gone(family: list[psutil.Process], seconds: float = 5) -> bool:
     """Whether none of them runs any more; what is dead but not waited for yet is gone too."""
     deadline = time.monotonic() + seconds

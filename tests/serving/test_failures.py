@@ -9,7 +9,7 @@ import psutil
 import pytest
 import requests
 from load import Load
-from servers import gone, model_server
+from servers import gone, model_server, workers
 from tiny import DAMAGES, picture, tiny_bundle
 
 from local import processes
@@ -32,11 +32,6 @@ def fragile(tmp_path_factory):
             yield f"http://127.0.0.1:{port}", start
         finally:
             processes.end(gateway)
-
-
-def workers(server) -> list[psutil.Process]:
-    family = psutil.Process(server.pid).children(recursive=True)
-    return [process for process in family if "model_service_worker" in " ".join(process.cmdline())]
 
 
 def load_of(url: str) -> Load:

@@ -3,15 +3,18 @@
 import base64
 import re
 import time
+from pathlib import Path
 
 import gpu
 import numpy as np
 import pytest
 import requests
 import torch
+from servers import workers
 from tiny import picture
 
 from bundle import manifest, wire
+from bundle.cpus import gpus
 from bundle.picture import load
 from gateway.client import Client
 from training.dog_breeds import model
@@ -68,6 +71,17 @@ def test_the_answer_over_http_is_that_of_the_logits(gateway, photos):
     best = requests.post(f"{gateway.url}/predict", data=data).json()["top"][0]
     assert best["label"] == contract.classes[logits.argmax()]
     assert best["probability"] == pytest.approx((exp / exp.sum()).max(), abs=1e-12)
+
+
+@pytest.mark.skipif(gpus() > 0, reason="on a GPU torch runs the models")
+def test_on_a_cpu_no_worker_loads_torch(gateway):
+    found = [
+        {Path(part.path).name for part in worker.memory_maps()} for worker in workers(gateway.running.model_server)
+    ]
+    assert len(found) >= 2
+    for libraries in found:
+        assert any("onnxruntime" in name for name in libraries)
+        assert not any("torch" in name for name in libraries)
 
 
 def test_every_model_is_served_under_its_own_name_with_its_own_classes(gateway):
