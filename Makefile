@@ -159,14 +159,13 @@ build/wheels/gateway.done: requirements/gateway.txt | $(VENV)/bin/python
 build/wheels/cpu.done: requirements/model-server.txt requirements/training.txt requirements/torch-cpu.txt | $(VENV)/bin/python
 	@echo "Downloading the packages of the model server and of training"
 	@$(DOWNLOAD) -r requirements/torch-cpu.txt 2>/dev/null || $(DOWNLOAD) -r requirements/torch-cpu.txt --index-url $(TORCH_INDEX)
-	@for part in model-server training; do \
-	  $(WITHOUT_TORCH) requirements/$$part.txt >build/wheels/$$part.txt && $(DOWNLOAD) -r build/wheels/$$part.txt || exit; \
-	done
+	@$(WITHOUT_TORCH) requirements/training.txt >build/wheels/training.txt
+	@for lock in requirements/model-server.txt build/wheels/training.txt; do $(DOWNLOAD) -r $$lock || exit; done
 	@touch $@
 
-build/wheels/cuda.done: requirements/model-server.txt requirements/training.txt requirements/torch-cuda.txt | $(VENV)/bin/python
+build/wheels/cuda.done: $(patsubst %,requirements/%.txt,model-server gpu training torch-cuda) | $(VENV)/bin/python
 	@echo "Downloading the packages of the model server and of training, with CUDA"
-	@for part in model-server training torch-cuda; do $(DOWNLOAD) -r requirements/$$part.txt || exit; done
+	@for lock in $(filter %.txt,$^); do $(DOWNLOAD) -r $$lock || exit; done
 	@touch $@
 
 # $(call image,part,tag,folder of its Dockerfile where that is not the part's name)

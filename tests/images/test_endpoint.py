@@ -11,6 +11,14 @@ from tiny import picture, tiny_bundle
 
 HEALTH, PREDICT = "/v1/endpoints/7/deployedModels/8", "/v1/endpoints/7/deployedModels/8:predict"
 
+# As soon as there is one.
+TO_THE_JVM = """
+import glob, os, signal, sys
+while not (found := [p for p in glob.glob("/proc/[0-9]*/comm") if open(p).read() == "java\\n"]):
+    pass
+os.kill(int(found[0].split("/")[2]), signal.Signals[sys.argv[1]])
+"""
+
 
 @pytest.fixture
 def container(images, tmp_path):
@@ -30,13 +38,16 @@ def test_the_contract(container):
     host = docker("inspect", "--format", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", container)
     url, seen = f"http://{host}:9000", []
     deadline = time.monotonic() + 120
+    docker("exec", container, "python3.11", "-c", TO_THE_JVM, "SIGSTOP")  # or it might be ready before it is asked
     while 200 not in seen:
         assert docker("inspect", "--format", "{{.State.Running}}", container) == "true"
         assert time.monotonic() < deadline
         try:
             seen.append(requests.get(url + HEALTH, timeout=10).status_code)
+            docker("exec", container, "python3.11", "-c", TO_THE_JVM, "SIGCONT")
         except requests.ConnectionError:
             time.sleep(0.1)
+    assert seen[0] == 503
     assert set(seen) == {503, 200}
     body = {"instances": [{"b64": base64.b64encode(picture("blue")).decode()}]}
     assert requests.post(url + PREDICT, json=body, timeout=10).json()["predictions"][0]["label"] == "blue"

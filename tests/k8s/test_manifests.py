@@ -6,6 +6,7 @@ import functools
 import http.client
 import json
 import re
+import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -58,7 +59,7 @@ def program(container: Object) -> str:
 @functools.cache
 def image_environment(name: str) -> dict[str, str]:
     text = (ROOT / name / "Dockerfile").read_text().replace("\\\n", " ")
-    words = [word for line in re.findall(r"^ENV (.*)", text, re.MULTILINE) for word in line.split()]
+    words = [word for line in re.findall(r"^ENV (.*)", text, re.MULTILINE) for word in shlex.split(line)]
     return dict(word.split("=", 1) for word in words)
 
 

@@ -45,13 +45,18 @@ def test_from_a_bucket_ready_a_prediction_a_refusal_and_an_orderly_end(start, bu
     process = start(storage_uri="gs://pets/models/tiny/", http_port=port, health_route=HEALTH, predict_route=PREDICT)
     url, seen = f"http://127.0.0.1:{port}", []
     deadline = time.monotonic() + 120
+    while not (jvm := [p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "java"]):
+        assert time.monotonic() < deadline
+    jvm[0].suspend()  # or it might be ready before it is asked
     while 200 not in seen:
         assert process.poll() is None
         assert time.monotonic() < deadline
         try:
             seen.append(requests.get(url + HEALTH, timeout=10).status_code)
+            jvm[0].resume()
         except requests.ConnectionError:
             time.sleep(0.1)
+    assert seen[0] == 503
     assert set(seen) == {503, 200}
     instances = [{"b64": base64.b64encode(picture(colour)).decode()} for colour in ("green", "red")]
     answer = requests.post(url + PREDICT, json={"instances": instances, "parameters": {"top_k": 1}}, timeout=10)
