@@ -1,5 +1,6 @@
 """The model server and the gateway as two processes of one machine: started, waited for, ended."""
 
+import contextlib
 import ctypes
 import json
 import os
@@ -11,7 +12,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -19,7 +19,7 @@ from typing import IO
 from bundle.cpus import gpus, whole_cpus
 
 ROOT = Path(__file__).resolve().parent.parent
-# A worker takes about 350 MB; a laptop of sixteen cores need not give sixteen of them.
+# A worker takes about 140 MB; a laptop of sixteen cores need not give sixteen of them.
 MOST_WORKERS = 4
 START_SECONDS = 120.0
 
@@ -34,17 +34,24 @@ class Running:
     gateway: subprocess.Popen[bytes]
 
 
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
+_taken: set[int] = set()  # ports of somebody who may not listen yet
+
+
+def free_ports(count: int, *besides: int) -> list[int]:
+    """Ports on loopback that nobody has, given to nobody before and none of `besides`, which others get."""
+    _taken.update(besides)
+    ports: list[int] = []
+    with contextlib.ExitStack() as probes:
+        while len(ports) < count:
+            probe = probes.enter_context(socket.socket())
+            probe.bind(("127.0.0.1", 0))
+            if (port := probe.getsockname()[1]) not in _taken:
+                ports.append(port)
+    _taken.update(ports)
     return ports
 
 
-@contextmanager
+@contextlib.contextmanager
 def both(
     names: Sequence[str], store: Path, port: int, grpc_port: int, output: IO[bytes], **settings: object
 ) -> Iterator[Running]:
@@ -52,7 +59,7 @@ def both(
 
     settings: the gateway's own, by their names there. The gateway ends first, so that what it has is answered.
     """
-    server = start_model_server(store, grpc_port, output)
+    server = start_model_server(store, grpc_port, output, port)
     try:
         gateway = start_gateway(names, f"127.0.0.1:{grpc_port}", port, output, **settings)
         try:
@@ -68,9 +75,9 @@ def environment(**settings: object) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **{key.upper(): str(value) for key, value in settings.items()}}
 
 
-def start_model_server(store: Path, grpc_port: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
-    """The model server on loopback; every port but gRPC's is whichever is free."""
-    http, metrics, health, management, grpc_management, worker = free_ports(6)
+def start_model_server(store: Path, grpc_port: int, output: IO[bytes], *besides: int) -> subprocess.Popen[bytes]:
+    """The model server on loopback; every port but gRPC's is whichever is free, and none of `besides`."""
+    http, metrics, health, management, grpc_management, worker = free_ports(6, grpc_port, *besides)
     settings = environment(
         model_store=store,
         host="127.0.0.1",

@@ -5,6 +5,7 @@ import csv
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,19 @@ def test_a_bundle_that_does_not_exist_or_is_damaged_is_named(tiny, tmp_path):
     with start("--models", tmp_path / "bad") as process:
         assert "run: model.onnx: is missing" in process.communicate(timeout=30)[0]
         assert process.returncode == 1
+
+
+def test_a_port_that_somebody_got_but_does_not_listen_on_yet_is_not_given_again(monkeypatch):
+    [before] = processes.free_ports(1)
+
+    class Given(socket.socket):
+        ports = iter((before, 40_001, 40_002, before, 40_003))
+
+        def getsockname(self):
+            return "127.0.0.1", next(self.ports)
+
+    monkeypatch.setattr(socket, "socket", Given)
+    assert processes.free_ports(2, 40_001) == [40_002, 40_003]
 
 
 def test_two_bundles_of_one_name_are_refused(tiny, tmp_path):
