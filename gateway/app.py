@@ -130,7 +130,7 @@ class Gateway:
 
     def _client(self, target: str) -> Client:
         calls = int(self.settings.in_flight * (1 + BURST))  # as one client's pictures may be in, each with its own
-        return Client(target, calls, self.settings.model_seconds, telemetry.RETRIES.inc)
+        return Client(target, calls, telemetry.RETRIES.inc)
 
     def model(self, name: str | None) -> Model:
         """Raises UnknownModel, naming those there are."""

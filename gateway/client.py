@@ -104,11 +104,9 @@ class RetryBudget:
 class Client:
     """Calls one model server address, which may stand for many servers."""
 
-    def __init__(
-        self, target: str, in_flight: int, seconds: float = 1.5, on_retry: Callable[[], None] = lambda: None
-    ) -> None:
-        """in_flight: calls at a time; seconds: that one may take with its retry, its caller's deadline permitting."""
-        self._target, self._seconds, self._on_retry = target, seconds, on_retry
+    def __init__(self, target: str, in_flight: int, on_retry: Callable[[], None] = lambda: None) -> None:
+        """in_flight: calls at a time."""
+        self._target, self._on_retry = target, on_retry
         self._free = threading.BoundedSemaphore(in_flight)
         self._budget = RetryBudget()
         self._lock = threading.Lock()
@@ -124,14 +122,14 @@ class Client:
     ) -> tuple[bytes, float]:
         """One Predictions call -> its answer's bytes, and the seconds that they took, without a try before.
 
-        deadline: time.monotonic() at which the caller gives up; seconds: that it may take, where that is less than the
-        client's. Raises Unavailable, Overloaded, TimedOut or BadAnswer.
+        deadline: time.monotonic() at which the caller gives up; seconds: that it may take with its retry, until then.
+        Raises Unavailable, Overloaded, TimedOut or BadAnswer.
         """
         if not self._free.acquire(blocking=False):
             raise Overloaded("more pictures are waiting for the model than may wait: try again soon")
         try:
             request = encode(model, entries)
-            deadline = min(deadline, time.monotonic() + min(seconds, self._seconds))
+            deadline = min(deadline, time.monotonic() + seconds)
             self._budget.earn()
             try:
                 return self._once(request, deadline, request_id)

@@ -4,7 +4,6 @@ During a rollout, pods with another input or other classes answer side by side. 
 carries its bundle's digest, and is read with that bundle's manifest and no other.
 """
 
-import math
 import threading
 import time
 from collections import OrderedDict
@@ -33,8 +32,8 @@ class Model:
     def __init__(
         self, name: str, client: Client | Split, decoding: Executor, max_pixels: int, seconds: float = 1.5
     ) -> None:
-        """seconds: that a picture may wait for its call to the model server, and that both may take: see Join."""
-        self.name = name
+        """seconds: that a call to the model server may take; a picture's own, with what it waited for it: see Join."""
+        self.name, self._seconds = name, seconds
         self._client, self._decoding, self._max_pixels = client, decoding, max_pixels
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()  # by digest, the oldest learned first
         self._latest: Manifest | None = None  # of the last answer: the next picture is decoded for it
@@ -152,13 +151,13 @@ class Model:
         count: int,
         deadline: float,
         request_id: str,
-        seconds: float = math.inf,
+        seconds: float | None = None,
     ) -> tuple[Manifest, wire.Answer, float]:
         """One call -> the manifest of who answered, learned now if need be, the answer and the seconds it took."""
         known = self._known()
         entries = wire.request(pixels, known, count)
         try:
-            frame, took = self._client.predictions(self.name, entries, deadline, request_id, seconds)
+            frame, took = self._client.predictions(self.name, entries, deadline, request_id, seconds or self._seconds)
             answer = wire.unpack(frame)
             self._latest = manifest = known.get(answer.digest) or self._learn(answer)
         except (wire.FrameError, BundleError) as exc:

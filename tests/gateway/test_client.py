@@ -156,7 +156,7 @@ def test_a_call_that_hangs_is_ended(torchserve, seconds, deadline):
     torchserve.hold.clear()
     started = time.monotonic()
     with pytest.raises(errors.TimedOut):
-        Client(torchserve.target, 1, seconds).predictions("tiny", {}, soon(deadline))
+        Client(torchserve.target, 1).predictions("tiny", {}, soon(deadline), seconds=seconds)
     assert 0.25 < time.monotonic() - started < 1
 
 

@@ -176,7 +176,7 @@ def test_a_canary_that_hangs_leaves_the_main_server_its_time(torchserve, tiny):
     canary, failures = FakeTorchServe(), []
     torchserve.models["tiny"] = canary.models["tiny"] = tiny["1"]
     canary.hold.clear()
-    split = Split(Client(torchserve.target, 8, 0.4), Client(canary.target, 8, 0.4), 1.0, lambda: failures.append(1))
+    split = Split(Client(torchserve.target, 8), Client(canary.target, 8), 1.0, lambda: failures.append(1))
     model = Model("tiny", split, ThreadPoolExecutor(2), 10_000_000, 0.4)
     try:
         assert [ask(model, colour) for colour in ("red", "green")] == [("1", "red"), ("1", "green")]
