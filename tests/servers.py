@@ -41,10 +41,18 @@ def model_server(store: Path, grpc_port: int, log: Path, *bundles: Path) -> Iter
             processes.end(process)
 
 
+def descendants(server: subprocess.Popen[bytes], word: str) -> list[psutil.Process]:
+    """Those with this word in their command line: "model_service_worker" runs models, "ModelServer" is the JVM."""
+    found = []
+    for process in psutil.Process(server.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end meanwhile
+            if word in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 def workers(server: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """A model server's Python processes that run models."""
-    family = psutil.Process(server.pid).children(recursive=True)
-    return [process for process in family if "model_service_worker" in " ".join(process.cmdline())]
+    return descendants(server, "model_service_worker")
 
 
 def gone(family: list[psutil.Process], seconds: float = 5) -> bool:

@@ -13,10 +13,10 @@ HEALTH, PREDICT = "/v1/endpoints/7/deployedModels/8", "/v1/endpoints/7/deployedM
 
 # As soon as there is one.
 TO_THE_JVM = """
-import glob, os, signal, sys
-while not (found := [p for p in glob.glob("/proc/[0-9]*/comm") if open(p).read() == "java\\n"]):
+import psutil, signal, sys
+while not (found := [p for p in psutil.process_iter(["name"]) if p.info["name"] == "java"]):
     pass
-os.kill(int(found[0].split("/")[2]), signal.Signals[sys.argv[1]])
+found[0].send_signal(signal.Signals[sys.argv[1]])
 """
 
 

@@ -11,7 +11,10 @@ from containers import DOCKER, ROOT, Spec, docker, version
 LARGEST_MB = {"gateway": 220, "model-server": 550, "training": 1400, "endpoint": 600}
 PARTS = list(LARGEST_MB)
 # Files that a container's processes have in memory.
-MAPPED = "import glob; print(*{line.split()[-1] for path in glob.glob('/proc/[0-9]*/maps') for line in open(path)})"
+MAPPED = """
+import psutil
+print(*{part.path for process in psutil.process_iter(["memory_maps"]) for part in process.info["memory_maps"] or ()})
+"""
 DOCKERFILES = [ROOT / {"endpoint": "vertex/endpoint"}.get(part, part) / "Dockerfile" for part in PARTS]
 
 

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 import requests
-from servers import gone
+from servers import descendants, gone
 from tiny import picture, tiny_bundle
 
 from local import processes
@@ -45,7 +45,7 @@ def test_from_a_bucket_ready_a_prediction_a_refusal_and_an_orderly_end(start, bu
     process = start(storage_uri="gs://pets/models/tiny/", http_port=port, health_route=HEALTH, predict_route=PREDICT)
     url, seen = f"http://127.0.0.1:{port}", []
     deadline = time.monotonic() + 120
-    while not (jvm := [p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "java"]):
+    while not (jvm := descendants(process, "ModelServer")):
         assert time.monotonic() < deadline
     jvm[0].suspend()  # or it might be ready before it is asked
     while 200 not in seen:
