@@ -41,41 +41,45 @@ BATCHES = (1, 8, 64)
 Loop = Callable[[int], None]  # so many batches, to the end of the last
 
 
-def loops(batch: int) -> dict[str, Loop]:
-    """By name, in the order in which they are told."""
+def loops() -> Callable[[int], dict[str, Loop]]:
+    """For a batch size: loops by name, in the order in which they are told."""
     folder = BUNDLES / DEFAULT
     model = handler.Model(folder, DEVICE)
-    pictures = golden.draw(batch, *model.shape[:2])
-    pixels = torch.from_numpy(pictures).to(DEVICE)
     program = gpu.program(folder, DEVICE)
     cast = gpu.mixed(gpu.fold(gpu.program(folder, DEVICE)), torch.float16)
     graphs = gpu.Graphs(cast, DEVICE, model.shape, model.classes, torch.float16)
 
-    def bare(module: Callable[[Tensor], Tensor], autocast: bool) -> Loop:
-        def loop(count: int) -> None:
-            with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=autocast):
-                for _ in range(count):
-                    module(pixels)
+    def of(batch: int) -> dict[str, Loop]:
+        pictures = golden.draw(batch, *model.shape[:2])
+        pixels = torch.from_numpy(pictures).to(DEVICE)
+
+        def bare(module: Callable[[Tensor], Tensor], autocast: bool) -> Loop:
+            def loop(count: int) -> None:
+                with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=autocast):
+                    for _ in range(count):
+                        module(pixels)
+                torch.cuda.synchronize()
+
+            return loop
+
+        def graph(count: int) -> None:
+            for _ in range(count):
+                graphs.graphs[batch].replay()
             torch.cuda.synchronize()
 
-        return loop
+        def served(count: int) -> None:
+            for _ in range(count):
+                model.run(pictures)
 
-    def graph(count: int) -> None:
-        for _ in range(count):
-            graphs.graphs[batch].replay()
-        torch.cuda.synchronize()
+        return {
+            "eager, float32": bare(program, False),
+            "eager, float16 by autocast": bare(program, True),
+            "eager, float16, folded": bare(cast, True),
+            "CUDA graph, float16, folded": graph,
+            "the handler's run": served,
+        }
 
-    def served(count: int) -> None:
-        for _ in range(count):
-            model.run(pictures)
-
-    return {
-        "eager, float32": bare(program, False),
-        "eager, float16 by autocast": bare(program, True),
-        "eager, float16, folded": bare(cast, True),
-        "CUDA graph, float16, folded": graph,
-        "the handler's run": served,
-    }
+    return of
 
 
 def speed(loop: Loop, batch: int, seconds: float) -> float:
@@ -92,8 +96,9 @@ def speed(loop: Loop, batch: int, seconds: float) -> float:
 def in_process(seconds: float, rounds: int) -> dict[str, dict[str, list[float]]]:
     """{batch size: {loop: images/s of each round}}, interleaved."""
     found: dict[str, dict[str, list[float]]] = {}
+    of = loops()
     for batch in BATCHES:
-        ways = loops(batch)
+        ways = of(batch)
         for loop in ways.values():
             loop(10)
         results: dict[str, list[float]] = {name: [] for name in ways}
