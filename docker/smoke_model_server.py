@@ -1,11 +1,15 @@
 """In the model server's image, while it is built: fetch, TorchServe, the golden answers of the default model."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 from smoke_gateway import wait
+
+from bundle import golden, manifest
 
 
 def main() -> None:
@@ -17,6 +21,17 @@ def main() -> None:
         finally:
             server.terminate()
             assert server.wait(60) == 0
+    if importlib.util.find_spec("torch"):
+        try_program(Path("/opt/bundles/dog-breeds"))
+
+
+def try_program(folder: Path) -> None:
+    """What GPUs run, which no build has: on a CPU, so that torch is known to be whole and has its byte code."""
+    sys.path.append("model-server/worker")
+    import gpu
+
+    found = manifest.read(folder)
+    golden.check(folder, gpu.eager(gpu.program(folder, "cpu"), "cpu"), len(found.classes), found.tolerance)
 
 
 if __name__ == "__main__":
