@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def try_program(folder: Path) -> None:
-    """What GPUs run, which no build has: on a CPU, so that torch is known to be whole and has its byte code."""
+    """The program for GPUs, on a CPU since no build has one: so torch is known to be whole, and has its byte code."""
     sys.path.append("model-server/worker")
     import gpu
 
