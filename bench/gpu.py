@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import handler
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, fx
 
 from bench import contenders, figures, processes
 from bench.contenders import HOME, Server
@@ -37,49 +38,65 @@ from local.processes import ROOT
 from local.run import BUNDLES, DEFAULT
 
 DEVICE = "cuda:0"
+FOLDER = BUNDLES / DEFAULT
 BATCHES = (1, 8, 64)
 Loop = Callable[[int], None]  # so many batches, to the end of the last
 
 
-def loops() -> Callable[[int], dict[str, Loop]]:
-    """For a batch size: loops by name, in the order in which they are told."""
-    folder = BUNDLES / DEFAULT
-    model = handler.Model(folder, DEVICE)
-    program = gpu.program(folder, DEVICE)
-    cast = gpu.mixed(gpu.fold(gpu.program(folder, DEVICE)), torch.float16)
-    graphs = gpu.Graphs(cast, DEVICE, model.shape, model.classes, torch.float16)
+@cache
+def served() -> handler.Model:
+    """As a worker makes it. The first of these four to be called, each of which takes seconds: here float32 is made
+    exact, without TF32."""
+    return handler.Model(FOLDER, DEVICE)
 
-    def of(batch: int) -> dict[str, Loop]:
-        pictures = golden.draw(batch, *model.shape[:2])
-        pixels = torch.from_numpy(pictures).to(DEVICE)
 
-        def bare(module: Callable[[Tensor], Tensor], autocast: bool) -> Loop:
-            def loop(count: int) -> None:
-                with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=autocast):
-                    for _ in range(count):
-                        module(pixels)
-                torch.cuda.synchronize()
+@cache
+def program() -> fx.GraphModule:
+    return gpu.program(FOLDER, DEVICE)
 
-            return loop
 
-        def graph(count: int) -> None:
-            for _ in range(count):
-                graphs.graphs[batch].replay()
+@cache
+def mixed(cast: torch.dtype) -> fx.GraphModule:
+    return gpu.mixed(gpu.fold(gpu.program(FOLDER, DEVICE)), cast)
+
+
+@cache
+def graphs(cast: torch.dtype) -> gpu.Graphs:
+    return gpu.Graphs(mixed(cast), DEVICE, served().shape, served().classes, cast)
+
+
+def loops(batch: int) -> dict[str, Loop]:
+    """By name, in the order in which they are told."""
+    model = served()
+    pictures = golden.draw(batch, *model.shape[:2])
+    pixels = torch.from_numpy(pictures).to(DEVICE)
+    replayed = graphs(torch.float16).graphs[batch]
+
+    def bare(module: Callable[[Tensor], Tensor], autocast: bool) -> Loop:
+        def loop(count: int) -> None:
+            with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=autocast):
+                for _ in range(count):
+                    module(pixels)
             torch.cuda.synchronize()
 
-        def served(count: int) -> None:
-            for _ in range(count):
-                model.run(pictures)
+        return loop
 
-        return {
-            "eager, float32": bare(program, False),
-            "eager, float16 by autocast": bare(program, True),
-            "eager, float16, folded": bare(cast, True),
-            "CUDA graph, float16, folded": graph,
-            "the handler's run": served,
-        }
+    def graph(count: int) -> None:
+        for _ in range(count):
+            replayed.replay()
+        torch.cuda.synchronize()
 
-    return of
+    def handled(count: int) -> None:
+        for _ in range(count):
+            model.run(pictures)
+
+    return {
+        "eager, float32": bare(program(), False),
+        "eager, float16 by autocast": bare(program(), True),
+        "eager, float16, folded": bare(mixed(torch.float16), True),
+        "CUDA graph, float16, folded": graph,
+        "the handler's run": handled,
+    }
 
 
 def speed(loop: Loop, batch: int, seconds: float) -> float:
@@ -96,9 +113,8 @@ def speed(loop: Loop, batch: int, seconds: float) -> float:
 def in_process(seconds: float, rounds: int) -> dict[str, dict[str, list[float]]]:
     """{batch size: {loop: images/s of each round}}, interleaved."""
     found: dict[str, dict[str, list[float]]] = {}
-    of = loops()
     for batch in BATCHES:
-        ways = of(batch)
+        ways = loops(batch)
         for loop in ways.values():
             loop(10)
         results: dict[str, list[float]] = {name: [] for name in ways}
@@ -112,19 +128,17 @@ def in_process(seconds: float, rounds: int) -> dict[str, dict[str, list[float]]]
 def closeness(photos: Sequence[Path]) -> dict[str, dict[str, float]]:
     """How far less exact arithmetic is from float32 at most, in roundings of the spread of a picture's logits; and how
     many of the pictures it names otherwise."""
-    folder = BUNDLES / DEFAULT
-    model = handler.Model(folder, DEVICE)
-    pixels = [load_picture(path.read_bytes(), model.manifest.input.resize) for path in photos]
+    resize = served().manifest.input.resize
+    pixels = [load_picture(path.read_bytes(), resize) for path in photos]
     parts = [pixels[start : start + gpu.SIZES[-1]] for start in range(0, len(pixels), gpu.SIZES[-1])]
 
     def logits(run: golden.Run) -> NDArray[np.float32]:
         return np.concatenate([run(part) for part in parts])
 
-    exact = logits(gpu.eager(gpu.program(folder, DEVICE), DEVICE))
+    exact = logits(gpu.eager(program(), DEVICE))
     found = {}
     for name, cast in gpu.CASTS.items():
-        module = gpu.mixed(gpu.fold(gpu.program(folder, DEVICE)), cast)
-        rough = logits(gpu.Graphs(module, DEVICE, model.shape, model.classes, cast))
+        rough = logits(graphs(cast))
         away = np.abs(rough - exact).max(1) / np.ptp(exact, axis=1) / torch.finfo(cast).eps
         otherwise = (rough.argmax(1) != exact.argmax(1)).sum()
         found[name] = {"pictures": len(pixels), "roundings": float(away.max()), "named otherwise": float(otherwise)}
@@ -140,7 +154,7 @@ def whole(loads: Sequence[tuple[str, int, int]], seconds: float) -> dict[str, An
         words = list(map(str, server.process.args))  # type: ignore[arg-type]
         port = words[words.index("--grpc-port") + 1]
         for kind, count, clients in loads:
-            target = ["--grpc", f"127.0.0.1:{port}", "--bundle", BUNDLES / DEFAULT]
+            target = ["--grpc", f"127.0.0.1:{port}", "--bundle", FOLDER]
             if kind == "http":
                 target = ["--http", server.url, "--bodies", *photos]
             load(server, target, count, clients, seconds)  # a JVM takes a thousand calls to become fast

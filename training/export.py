@@ -61,7 +61,7 @@ def export(
     """Write `module` (uint8 [N, H, W, 3] -> float32 [N, C], in eval mode) as a bundle at `folder`.
 
     golden_pixels: uint8 [K, H, W, 3]. Raises BundleError where the exported models do not agree
-    with the module to PARITY, or the folder holds something else.
+    with the module to PARITY and PARITY_OF_LARGEST, or the folder holds something else.
     """
 
     def make(new: Path) -> Manifest:
