@@ -42,7 +42,7 @@ class Contender:
     name: str
     command: str  # {python}, {bin}, {port}, {grpc} and {bundle} are filled in
     environment: str = ""  # of bench/requirements-*.txt; "": ours
-    runtime: Literal["onnx", "torch"] = "onnx"
+    runtime: Literal["onnx", "torch", "bf16"] = "onnx"  # bf16: model-server/worker/bf16.py
     body: Literal["raw", "base64", "instances"] = "raw"
     path: str = "/predict"
     bundle: str = DEFAULT  # under build/bundles
@@ -87,6 +87,8 @@ ALL = (
     Contender("limit, int8", LIMIT, bundle=INT8, pillow=False, server=False),
     Contender("limit, int8, Pillow", LIMIT, bundle=INT8, server=False),
     Contender("ours, int8", OURS, bundle=INT8),
+    Contender("limit, bf16", LIMIT, runtime="bf16", pillow=False, server=False),
+    Contender("ours, bf16", OURS, runtime="bf16"),
 )
 
 
@@ -181,7 +183,9 @@ def command(contender: Contender, port: int, grpc: int, scratch: Path) -> tuple[
         "BENTOML_DO_NOT_TRACK": "True",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    if not contender.ours:  # which decides for itself, as its users have it
+    if contender.ours:  # which decides the rest for itself, as its users have it
+        settings["PRECISION"] = "bf16" if contender.runtime == "bf16" else ""
+    else:
         settings |= {"BUNDLE": str(bundle), "RUNTIME": contender.runtime}
         settings |= {"FULL": str(int(contender.full)), "PILLOW": str(int(contender.pillow))}
         # A process a CPU with a thread each: a third more images/s than one process with a thread a CPU.

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from bench import contenders
 from bench.contenders import HOME, Contender, Failed
 from bundle import resample
-from bundle.cpus import whole_cpus
+from bundle.cpus import features, whole_cpus
 from bundle.golden import draw
 from bundle.manifest import BundleError
 from bundle.manifest import read as read_bundle
@@ -56,6 +56,9 @@ def prepare(chosen: Sequence[Contender]) -> dict[str, str]:
         except BundleError as exc:
             broken[contender.name] = str(exc)
             continue
+        if contender.runtime == "bf16" and "amx_bf16" not in features():
+            broken[contender.name] = "this CPU has no AMX"
+            continue
         try:
             if contender.environment not in failed:
                 contenders.install(contender.environment)
@@ -78,9 +81,8 @@ def identity(
     model = next(
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
     )
-    flags = {flag for line in _cpuinfo() if line.startswith("flags") for flag in line.split()}
     resize = "Pillow" if resample.resample is resample.by_pillow else "bundle/resample.c"
-    wide = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if flag in flags]
+    wide = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "amx_int8", "amx_bf16") if flag in features()]
     bundles = {}
     for name in sorted({contender.bundle for contender in chosen}):
         with contextlib.suppress(BundleError):  # told by `prepare`

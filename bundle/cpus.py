@@ -1,4 +1,5 @@
-"""How many CPUs this process may use: affinity and container limits, not what the node has. And how many GPUs."""
+"""How many CPUs this process may use: affinity and container limits, not what the node has. What they can do, and how
+many GPUs there are."""
 
 import importlib.metadata
 import os
@@ -19,6 +20,15 @@ def cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
 def whole_cpus() -> int:
     """CPUs rounded down, at least one: how many busy threads fit."""
     return max(1, int(cpus()))
+
+
+def features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """The CPU's, by the kernel's names, as amx_bf16; none where the kernel does not tell them on a line of flags."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith("flags") for flag in line.split()}
 
 
 def gpus(devices: Path = Path("/dev")) -> int:

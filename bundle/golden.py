@@ -12,6 +12,12 @@ from bundle.picture import Pixels
 GOLDEN = "golden.npz"
 Pictures = Pixels | Sequence[Pixels]  # uint8 [N, H, W, 3], or N of [H, W, 3]
 Run = Callable[[Pictures], NDArray[np.float32]]  # -> float32 [N, C]
+# Compares a run with the golden answers, up to this part of their spread. Raises BundleError.
+Verify = Callable[[Run, float], None]
+# Roundings that golden logits may be away in coarser arithmetic, of the difference between a picture's largest and
+# smallest: the two example models are up to 5 away in float16 and 6 in bfloat16, which is eight times as far (24
+# photographs, emulated on a CPU).
+ROUNDINGS = 16
 
 
 def record(folder: Path, pixels: Pixels, run: Run) -> None:

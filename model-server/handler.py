@@ -47,6 +47,10 @@ class Model:
         if device == "cpu":
             self.run, self.at_once = onnx_runner(folder), AT_ONCE
             verify(self.run)
+            if os.environ.get("PRECISION") == "bf16":
+                import bf16
+
+                self.run = bf16.runner(folder, self.shape, verify, self.run)
         else:
             import gpu  # and with it torch, which takes seconds
 

@@ -63,7 +63,7 @@ class Settings:
     queue_size: int = 100  # calls a model; the gateways together should not admit more
     grace_seconds: float = 30.0  # between SIGTERM and SIGKILL
     heap_mb: int = 512
-    precision: str = "fp16"  # of a GPU's arithmetic: fp16, bf16 or fp32 (worker/gpu.py)
+    precision: str = ""  # of the arithmetic: fp32 or bf16 on a CPU, fp16, bf16 or fp32 on a GPU; "": the first
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "Settings":
@@ -82,8 +82,10 @@ class Settings:
         settings = cls(**values)
         if settings.batch_delay_ms < 1 or settings.batch_size < 0:
             raise SystemExit("BATCH_DELAY_MS must be at least 1, BATCH_SIZE not negative")
-        if settings.precision not in (known := ("fp16", "bf16", "fp32")):
-            raise SystemExit(f"PRECISION={settings.precision!r} is none of {', '.join(known)}")
+        if settings.precision not in ("", *precisions()):
+            raise SystemExit(
+                f"PRECISION={settings.precision!r} is none of {', '.join(precisions())}, which are served here"
+            )
         return settings
 
 
@@ -142,7 +144,7 @@ class Server:
             "PYTHONPATH": os.pathsep.join(filter(None, path)),
             "THREADS": str(threads),
             "OMP_NUM_THREADS": str(threads),
-            "PRECISION": settings.precision,
+            "PRECISION": settings.precision or precisions()[0],
             "WORKERS": str(workers(settings)),
         }
         ts_home = Path(ts.__file__).parent
@@ -226,6 +228,11 @@ def configuration(settings: Settings, models: Mapping[str, str]) -> str:
 
 def workers(settings: Settings) -> int:
     return settings.workers or gpus() or whole_cpus()
+
+
+def precisions() -> tuple[str, ...]:
+    """Of the device that runs models here, what it is without being asked first (worker/gpu.py, worker/bf16.py)."""
+    return ("fp16", "bf16", "fp32") if gpus() else ("fp32", "bf16")
 
 
 def java() -> list[str]:

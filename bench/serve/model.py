@@ -1,6 +1,7 @@
 """What every contender does with a picture: the bundle's own decode, model and decision, and its resize's pixels."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ Run = Callable[[picture.Pixels], NDArray[np.float32]]  # uint8 [N, H, W, 3] -> f
 class Classifier:
     """Picture bytes -> {"top": [{"label", "probability"}, ...]}, the best first.
 
-    From the environment: BUNDLE, a folder; RUNTIME, "onnx" or "torch"; THREADS, for each call of the model;
+    From the environment: BUNDLE, a folder; RUNTIME, "onnx", "torch" or "bf16"; THREADS, for each call of the model;
     FULL=1 to decode every pixel of a JPEG, as a guide's Image.open does, instead of what the resize needs; PILLOW=1 to
     resize with Pillow, as everybody does, instead of with bundle/resample.c: the pixels are the same.
     """
@@ -27,7 +28,7 @@ class Classifier:
         self.full = os.environ.get("FULL") == "1"
         if os.environ.get("PILLOW") == "1":
             picture.resample = resample.by_pillow  # type: ignore[attr-defined]
-        self.run = {"onnx": onnx, "torch": torch}[os.environ["RUNTIME"]](folder, threads)
+        self.run = {"onnx": onnx, "torch": torch, "bf16": bf16}[os.environ["RUNTIME"]](folder, threads)
 
     def __call__(self, data: bytes) -> dict[str, Any]:
         return self.decide(self.run(self.decode(data)[None])[0])
@@ -59,6 +60,16 @@ def onnx(folder: Path, threads: int) -> Run:
         logits: NDArray[np.float32] = session.run(None, {name: pixels})[0]
         return logits
 
+    return run
+
+
+def bf16(folder: Path, threads: int) -> Run:
+    """As the model server runs it."""
+    sys.path.append(str(Path(__file__).parents[2] / "model-server" / "worker"))
+    import bf16
+
+    resize = manifest.read(folder).input.resize
+    run: Run = bf16.compiled(folder, (resize.height, resize.width, 3))  # with THREADS from the environment
     return run
 
 

@@ -8,7 +8,6 @@ the image holds none, and what AOTInductor compiles ahead is for one generation 
 import operator
 import os
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,13 @@ from torch.export.passes import move_to_device_pass
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from bundle.golden import Pictures, Run
+from bundle.golden import ROUNDINGS, Pictures, Run, Verify
 from bundle.manifest import BundleError
 
 ATEN = torch.ops.aten
 # Batch sizes with a graph of their own: between them the next larger one runs.
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 CASTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# Roundings that golden logits may be away, of the difference between a picture's largest and smallest: the two example
-# models are up to 5 away in float16 and 6 in bfloat16, which is eight times as far (24 photographs, emulated on a CPU).
-ROUNDINGS = 16
-
-# Compares a run with the golden answers, up to this part of their spread. Raises BundleError.
-Verify = Callable[[Run, float], None]
 
 
 def runner(folder: Path, device: str, shape: tuple[int, int, int], classes: int, verify: Verify) -> Run:

@@ -167,3 +167,18 @@ def test_ours_and_the_limit_for_real(home: Path, photos: dict[str, list[Path]]) 
     parts = book.values("ours", "start", "parts_s")[0]
     assert 0.1 < parts["gateway"] < book.values("ours", "start", "start_s")[0]
     assert 0.1 < parts["model server"] < contenders.START_SECONDS
+
+
+def test_bfloat16_is_left_out_and_told_where_the_cpu_has_none(monkeypatch, capsys) -> None:
+    chosen = [contender for contender in contenders.ALL if contender.runtime == "bf16"]
+    assert {contender.name for contender in chosen} == {"limit, bf16", "ours, bf16"}
+    monkeypatch.setattr(prepare, "features", lambda: {"avx512_bf16"})
+    monkeypatch.setattr(prepare, "read_bundle", lambda folder: None)
+    assert set(prepare.prepare(chosen).values()) == {"this CPU has no AMX"}
+    assert "without ours, bf16: this CPU has no AMX" in capsys.readouterr().out
+
+
+def test_our_precision_is_the_one_that_is_compared(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PRECISION", "bf16")
+    ours = {c.name: contenders.command(c, 1, 2, tmp_path)[1]["PRECISION"] for c in contenders.ALL if c.ours}
+    assert ours == {"ours": "", "ours, int8": "", "ours, bf16": "bf16"}

@@ -32,7 +32,7 @@ def test_everything_once_and_five_rounds_for_ours_and_the_three_fastest(book: Bo
     made = visits(book)
     rounds = Counter(visit.contender.name for visit in made if visit.cases != (cases.SOAK,))
     assert {name for name, count in rounds.items() if count == 5} == {
-        *("ours", "ours, int8", "limit", "limit, int8", "limit, int8, Pillow"),
+        *("ours", "ours, int8", "ours, bf16", "limit", "limit, int8", "limit, int8, Pillow", "limit, bf16"),
         *("Mosec, PyTorch", "KServe, PyTorch", "Ray Serve, PyTorch"),  # the last in the list, without the one that
         # is the fastest of them but decodes as nobody would
     }

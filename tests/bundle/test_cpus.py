@@ -10,6 +10,13 @@ from bundle import cpus
 V1 = ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
 
 
+def test_features_are_those_on_lines_of_flags(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("model name\t: amx_int8\nflags\t\t: fpu amx_bf16\nflags\t\t: fpu\nbugs\t: mds\n")
+    assert cpus.features(tmp_path / "cpuinfo") >= {"fpu", "amx_bf16"}
+    assert not cpus.features(tmp_path / "cpuinfo") & {"amx_int8", "mds"}
+    assert cpus.features(tmp_path / "none") == set()
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [

@@ -170,15 +170,21 @@ def test_a_damaged_bundle_is_refused_with_the_file_and_the_reason(damage, tmp_pa
     assert f"tiny: refused: {expected}" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("module", "file"), [("handler", ""), ("training.export", "model.onnx")])
-def test_nothing_is_reported_to_the_maker_of_onnx_runtime(tmp_path, module, file):
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from handler import onnx_runner; onnx_runner(tiny)",
+        "from training.export import onnx_runner; onnx_runner(tiny / 'model.onnx')",
+        "from bf16 import compiled; compiled(tiny, (32, 32, 3))",
+    ],
+)
+def test_nothing_is_reported_to_the_makers_of_the_runtimes(tmp_path, code):
     tiny_bundle(tmp_path / "tiny")
-    code = f"from {module} import onnx_runner; from pathlib import Path; "
-    code += f"onnx_runner(Path({str(tmp_path / 'tiny' / file)!r}))"
-    # Without it ONNX Runtime keeps a device id and what it will send under HOME.
+    code = f"from pathlib import Path; tiny = Path({str(tmp_path / 'tiny')!r}); {code}"
+    # Where they do, they keep a device id, and what they will send, under HOME.
     home = tmp_path / "home"
     home.mkdir()
-    path = os.pathsep.join([str(ROOT), str(ROOT / "model-server")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "model-server"), str(ROOT / "model-server" / "worker")])
     environ = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", code], env=environ, check=True)
     assert not list(home.rglob("*"))

@@ -21,6 +21,8 @@ def settings(**values):
         ({"MODEL_STORE": "x", "GRPC_PORT": "seven"}, "GRPC_PORT='seven' is not of type int"),
         ({"MODEL_STORE": "x", "BATCH_DELAY_MS": "0"}, "BATCH_DELAY_MS must be at least 1"),
         ({"MODEL_STORE": "x", "BATCH_SIZE": "-1"}, "BATCH_SIZE not negative"),
+        ({"MODEL_STORE": "x", "PRECISION": "half"}, "PRECISION='half' is none of fp32, bf16, which are served here"),
+        ({"MODEL_STORE": "x", "PRECISION": "fp16"}, "PRECISION='fp16' is none of fp32, bf16"),
     ],
 )
 def test_a_missing_or_bad_setting_stops_the_start_and_is_named(environ, sentence):
@@ -31,6 +33,14 @@ def test_a_missing_or_bad_setting_stops_the_start_and_is_named(environ, sentence
 def test_settings_come_from_the_environment():
     found = serve.Settings.from_environment({"MODEL_STORE": "x", "GRPC_PORT": "1", "GRACE_SECONDS": "2.5", "HOME": "y"})
     assert (found.model_store, found.grpc_port, found.grace_seconds, found.batch_size) == ("x", 1, 2.5, 0)
+
+
+@pytest.mark.parametrize("precision", ["", "fp32", "bf16"])
+def test_a_precision_of_this_device_or_none_is_taken(precision, monkeypatch):
+    environ = {"MODEL_STORE": "x", "PRECISION": precision}
+    assert serve.Settings.from_environment(environ).precision == precision
+    monkeypatch.setattr(serve, "gpus", lambda: 1)
+    assert serve.Settings.from_environment(environ | {"PRECISION": "fp16"}).precision == "fp16"
 
 
 def test_management_listens_on_loopback_whatever_the_host():
