@@ -10,6 +10,7 @@ from pathlib import Path
 from smoke_gateway import wait
 
 from bundle import golden, manifest
+from bundle.cpus import features
 
 
 def main() -> None:
@@ -21,13 +22,27 @@ def main() -> None:
         finally:
             server.terminate()
             assert server.wait(60) == 0
+    sys.path.append("model-server/worker")
+    folder = Path("/opt/bundles/dog-breeds")
+    try_openvino(folder)
     if importlib.util.find_spec("torch"):
-        try_program(Path("/opt/bundles/dog-breeds"))
+        try_program(folder)
+
+
+def try_openvino(folder: Path) -> None:
+    """What PRECISION=bf16 runs, where this CPU has what it takes: so OpenVINO is known to be whole. Its byte code."""
+    import bf16
+    import openvino  # noqa: F401
+
+    found = manifest.read(folder)
+    size = found.input.resize
+    if "amx_bf16" in features():
+        run = bf16.compiled(folder, (size.height, size.width, 3))
+        golden.check(folder, run, len(found.classes), 0, golden.ROUNDINGS * bf16.EPSILON)
 
 
 def try_program(folder: Path) -> None:
     """The program for GPUs, on a CPU since no build has one: so torch is known to be whole, and has its byte code."""
-    sys.path.append("model-server/worker")
     import gpu
 
     found = manifest.read(folder)
