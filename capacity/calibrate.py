@@ -15,6 +15,7 @@ them all for the rest of a tenth of a second. Here they share one CPU, which mak
 import argparse
 import datetime
 import importlib.metadata
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -103,7 +104,8 @@ def _list(cpus: Sequence[int]) -> str:
 def where(bundle: Path) -> dict[str, Any]:
     """Machine, versions, date, commit, bundle."""
     told, real = identity([], {}, False, None), manifest.read(bundle)
-    versions = ("torchserve", "onnxruntime", "flask", "gunicorn", "grpcio", "pillow")
+    runtime = "openvino" if os.environ.get("PRECISION") == "bf16" else "onnxruntime"
+    versions = ("torchserve", runtime, "flask", "gunicorn", "grpcio", "pillow")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": told["commit"],

@@ -5,10 +5,10 @@
 Kennel must be there (`make kind-deploy`), on one node, whose CPUs everything shares: the pods, Kubernetes, and the
 load where it comes from that machine. First the very pods are measured: with both HPAs held at their least, a few
 rates give CPU an image of each tier and of all else, and latency by how busy the node is; one more replica of each,
-when it is busy, gives the time that a start takes, its CPU, and how much it slows the rest. Then the HPAs are free, a
-ramp goes up and down, and replicas are recorded each second. The simulation gets the same arrivals, the HPAs and
-requests as the cluster has them, and the measurement. The HPA's looks fall at moments that nobody knows, so it runs
-with several, and the means are compared.
+under the load that the ramp will have come to by then, gives the time that a start takes, its CPU, and how much it
+slows the rest. Then the HPAs are free, a ramp goes up and down, and replicas are recorded each second. The simulation
+gets the same ramp, the HPAs and requests as the cluster has them, and the measurement. The HPA's looks fall at moments
+that nobody knows, so it runs with several, and the means are compared.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bench import figures
 from bench.load import Row
@@ -33,8 +32,8 @@ from capacity import headroom, manifests
 from capacity.cluster import Cluster, Watch
 from capacity.hpa import Flags
 from capacity.manifests import TIERS, Tier
-from capacity.measured import Floats, Replica
-from capacity.pods import BUSIEST, Load, Pods, measure
+from capacity.measured import Floats
+from capacity.pods import RISE, Load, Pods, grows, highest, measure
 from capacity.simulation import Result, Timing, simulate
 from local.processes import ROOT
 
@@ -45,39 +44,33 @@ MOMENTS = tuple((scrape, sync) for scrape in (2.0, 7.0, 12.0) for sync in (1.0, 
 
 
 def ramp(peak: float) -> list[tuple[float, float]]:
-    return [(0, LOW), (30, LOW), (120, peak), (180, peak), (200, LOW), (340, LOW)]
+    return [(0, LOW), (30, LOW), (30 + RISE, peak), (180, peak), (200, LOW), (340, LOW)]
 
 
 def height(pods: Pods, tiers: Sequence[Tier]) -> float:
-    """The ramp's: half above what makes the later tier grow, as far as the node bears it. Raises SystemExit where that
-    makes none grow."""
-    grows = {}
+    """The ramp's. Raises SystemExit where that makes no tier grow."""
+    grow = {}
     for tier in tiers:
         replica = pods.replicas[tier.name]
-        target = tier.target * (1 + Flags.tolerance)
-        grows[tier.name] = tier.scaling.least * max(0.0, target - replica.idle_cores) * _images(replica)
-    told = ", ".join(f"the {name} grows beyond {rate:.0f} images/s" for name, rate in grows.items())
+        an_image = (replica.saturated_cores - replica.idle_cores) / replica.saturated
+        grow[tier.name] = grows(tier, replica.idle_cores, an_image)
+    told = ", ".join(f"the {name} grows beyond {rate:.0f} images/s" for name, rate in grow.items())
     print(f"{told}; the node answers {pods.able:.0f}", flush=True)
-    peak = min(1.5 * max(grows.values()), BUSIEST * pods.able)
-    if peak < 1.1 * min(grows.values()):
+    found = highest(grow, pods.able)
+    if found < 1.1 * min(grow.values()):
         raise SystemExit(
             "check: on this node no tier would grow before its CPUs are spent: a larger one, or lower requests"
         )
-    return peak
+    return found
 
 
-def _images(replica: Replica) -> float:
-    """Images a CPU second."""
-    return replica.saturated / max(1e-6, replica.saturated_cores - replica.idle_cores)
-
-
-def simulated(pods: Pods, tiers: Sequence[Tier], offered: Floats, flags: Flags, moments: tuple[float, float]) -> Result:
-    """The same arrivals, with the first scrape and the first look of the HPAs at these moments."""
+def simulated(pods: Pods, tiers: Sequence[Tier], images: Floats, flags: Flags, moments: tuple[float, float]) -> Result:
+    """The same ramp, with the first scrape and the first look of the HPAs at these moments."""
     # A start is known as it was, from the container to the pod's readiness: nothing is to be rounded.
     exact = [dataclasses.replace(tier, probe=pods.replicas[tier.name].start_seconds) for tier in tiers]
     return simulate(
         [(tier, pods.replicas[tier.name]) for tier in exact],
-        offered,
+        images,
         0.3,
         flags=flags,
         timing=Timing(create=pods.create, scrape=moments[0], sync=moments[1]),
@@ -98,12 +91,11 @@ def compare(real: Mapping[str, float], results: Sequence[Result]) -> list[tuple[
     return [(what, real[what], mean, mean / real[what] if real[what] else math.nan) for what, mean in means.items()]
 
 
-def smoothed(counts: NDArray[np.int64], seconds: int = 10) -> Floats:
-    """Calls of each second -> images a second about that time: what is random in a second is in the latencies that
+def offered(knots: Sequence[tuple[float, float]]) -> Floats:
+    """Images a second in each second of a ramp, as meant: what is random in those that came is in the latencies that
     were measured, and would count twice."""
-    weights = np.ones(seconds)
-    found: Floats = np.convolve(counts, weights, "same") / np.convolve(np.ones(len(counts)), weights, "same")
-    return found
+    images: Floats = np.interp(np.arange(knots[-1][0]) + 0.5, *np.transpose(knots))
+    return images
 
 
 def observed(watch: Watch, rows: Sequence[Row], began: float, seconds: float) -> dict[str, float]:
@@ -150,8 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with cluster.watch() as watch, load.running(knots, seed=92) as rows:
             began = load.began
     real = observed(watch, rows, began, knots[-1][0])
-    offered = smoothed(np.bincount([int(row.due) for row in rows], minlength=int(knots[-1][0])))
-    results = [simulated(pods, tiers, offered, flags, moments) for moments in MOMENTS]
+    results = [simulated(pods, tiers, offered(knots), flags, moments) for moments in MOMENTS]
     compared = compare(real, results)
     for what, a, b, ratio in compared:
         print(f"{what:32} cluster {a:8.1f}  simulated {b:8.1f}  ratio {ratio:.2f}")

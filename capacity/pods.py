@@ -15,6 +15,7 @@ import numpy as np
 from bench import figures
 from bench.load import Row
 from capacity.cluster import Cluster, Life, Watch, line, windows
+from capacity.hpa import Flags
 from capacity.manifests import TIERS, Tier
 from capacity.measured import LEVELS, Floats, Latencies, Replica
 from capacity.simulation import Shared
@@ -24,6 +25,8 @@ RATES = (10.0, *np.arange(30.0, 400.0, 20.0).tolist())  # images/s, as many of t
 WARM_UP = ((0.0, 40.0), (30.0, 40.0))
 HOLD = 20.0  # seconds of each: the kubelet counts CPU every ten
 BUSIEST = 0.8  # of what the node can answer, at the ramp's height: beyond it, latency is whatever the moment brings
+RISE = 90.0  # seconds from the ramp's foot to its height
+NOTICED = 25.0  # seconds until the HPA sees what a pod takes (simulation.py), in which the load rises on
 STARTS = 2  # of each tier, one after the other: two at a time slow the rest more than the ramp's do
 
 
@@ -105,10 +108,14 @@ def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier]) -> Pods:
     if fitted[""][1] < sum(fitted[name][1] for name in TIERS):
         raise SystemExit("check: the node's CPUs did not follow the load, others were busy: measure on a quiet machine")
     able = node_able(cluster, points[""])
-    rate = min(max(steps), BUSIEST * able)  # a tier grows when the node is busy, and then a start is felt most
-    print(f"{STARTS} times one more replica of each, at {rate:.0f} images/s", flush=True)
+    grow = {tier.name: grows(tier, *fitted[tier.name]) for tier in tiers}
+    top = min(max(steps), highest(grow, able))
+    steps[top] = load.run([(0, top), (HOLD, top)], seed=92)  # where most of the ramp's answers are, as it is
+    rates = noticed(grow, top)
+    where = ", ".join(f"the {name} at {rate:.0f} images/s" for name, rate in rates.items())
+    print(f"{STARTS} times one more replica of each, {where}", flush=True)
     starts = {
-        tier.name: [start(cluster, load, least, tier.name, rate, fitted[tier.name]) for _ in range(STARTS)]
+        tier.name: [start(cluster, load, least, tier.name, rates[tier.name], fitted[tier.name]) for _ in range(STARTS)]
         for tier in tiers
     }
     replicas, create = {}, {}
@@ -131,6 +138,22 @@ def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier]) -> Pods:
     during = {name: np.concatenate([slow for *_, slow in found]) for name, found in starts.items()}
     slowed = {name: np.quantile(slow, LEVELS) for name, slow in during.items() if len(slow) > 100}
     return Pods(replicas, create, Shared(cluster.node_cpus, fixed, others, Latencies.of(quantiles), slowed), able)
+
+
+def grows(tier: Tier, idle: float, an_image: float) -> float:
+    """Images/s beyond which the tier's least replicas are too few for its HPA, by the CPUs that one takes."""
+    return tier.scaling.least * max(0.0, tier.target * (1 + Flags.tolerance) - idle) / max(an_image, 1e-6)
+
+
+def highest(grow: Mapping[str, float], able: float) -> float:
+    """The ramp's height: half above what makes the later tier grow, as far as the node bears it."""
+    return min(1.5 * max(grow.values()), BUSIEST * able)
+
+
+def noticed(grow: Mapping[str, float], top: float) -> dict[str, float]:
+    """Images/s that a ramp to this height has come to when its tiers grow: a start that a node bears beside as many
+    may be beyond it beside a few more."""
+    return {name: min(top, rate + NOTICED * top / RISE) for name, rate in grow.items()}
 
 
 def node_able(cluster: Cluster, points: Sequence[tuple[float, float]]) -> float:

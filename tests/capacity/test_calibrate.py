@@ -161,12 +161,14 @@ def test_what_nobody_answered_is_no_speed():
         bench.saturate(6.0)
 
 
-def test_where_it_was_measured(tmp_path: Path):
+@pytest.mark.parametrize(("precision", "runtime"), [("", "onnxruntime"), ("bf16", "openvino")])
+def test_where_it_was_measured(tmp_path: Path, monkeypatch, precision, runtime):
     tiny_bundle(tmp_path / "tiny")
+    monkeypatch.setenv("PRECISION", precision)
     found = calibrate.where(tmp_path / "tiny")
     assert found["bundle"]["name"] == "tiny"
     assert {"cpu", "cpus", "flags", "system", "python"} <= found["machine"].keys()
-    assert found["versions"]["onnxruntime"]
+    assert found["versions"][runtime]
     assert found["date"].endswith("+00:00")
 
 

@@ -18,7 +18,7 @@ from capacity import check, cluster, manifests
 from capacity.cluster import Cluster, Seen, Watch, counted, line, windows
 from capacity.hpa import Flags
 from capacity.measured import LEVELS, Latencies
-from capacity.pods import Pods
+from capacity.pods import NOTICED, Pods, noticed
 from capacity.simulation import Shared
 
 METRICS = """# HELP container_cpu_usage_seconds_total [STABLE] Cumulative cpu time
@@ -234,10 +234,11 @@ def test_a_cluster_that_does_something_else_is_not():
     assert ratios[check.P99] == pytest.approx(0.3, rel=0.1)
 
 
-def test_what_is_random_in_a_second_is_smoothed_and_nothing_lost():
-    counts = np.random.default_rng(0).poisson(50, 340)
-    found = check.smoothed(counts)
-    assert len(found) == 340
-    assert found.std() < 0.5 * counts.std()
-    assert found.sum() == pytest.approx(counts.sum(), rel=0.01)
-    assert check.smoothed(np.full(50, 7)) == pytest.approx(np.full(50, 7))
+def test_the_ramp_is_offered_as_meant_and_a_tier_grows_later_than_the_load_asks_for_it():
+    images = check.offered(check.ramp(95))
+    assert (len(images), images[10], images[150], images[300]) == (340, check.LOW, 95, check.LOW)
+    asked, top = 50.0, 95.0
+    rates = noticed({"gateway": 90.0, "model-server": asked}, top)
+    assert rates["gateway"] == top
+    later = int(np.searchsorted(images, asked)) + NOTICED
+    assert rates["model-server"] == pytest.approx(images[int(later)], abs=2)
