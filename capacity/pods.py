@@ -25,7 +25,7 @@ RATES = (10.0, *np.arange(30.0, 400.0, 20.0).tolist())  # images/s, as many of t
 WARM_UP = ((0.0, 40.0), (30.0, 40.0))
 HOLD = 20.0  # seconds of each: the kubelet counts CPU every ten
 BUSIEST = 0.8  # of what the node can answer, at the ramp's height: beyond it, latency is whatever the moment brings
-RISE = 90.0  # seconds from the ramp's foot to its height
+RISE = 90.0  # seconds from the foot of the ramp (check.py) to its height
 NOTICED = 25.0  # seconds until the HPA sees what a pod takes (simulation.py), in which the load rises on
 STARTS = 2  # of each tier, one after the other: two at a time slow the rest more than the ramp's do
 

@@ -231,7 +231,7 @@ def workers(settings: Settings) -> int:
 
 
 def precisions() -> tuple[str, ...]:
-    """Of the device that runs models here, what it is without being asked first (worker/gpu.py, worker/bf16.py)."""
+    """What PRECISION may be for the device that runs models here, the default first (worker/gpu.py, worker/bf16.py)."""
     return ("fp16", "bf16", "fp32") if gpus() else ("fp32", "bf16")
 
 

@@ -1,7 +1,7 @@
 """A bundle's model.onnx on a CPU in bfloat16, where the golden answers stay close: OpenVINO.
 
 AMX, which Intel's Xeons have since 2023, multiplies bfloat16 at many times float32's speed; ONNX Runtime does not use
-it for convolutions. Without AMX bfloat16 is slower than float32: 10.5 ms a picture instead of 7.0, by AVX-512 alone.
+it for convolutions. Without AMX bfloat16 is slower than float32 (docs/speed.md).
 """
 
 import os
