@@ -118,31 +118,31 @@ def test_the_sdk_is_refused(sdk: None, standin: StandIn) -> None:
         aiplatform.CustomJob.get("8000000001")
 
 
-def test_two_workers_meet_and_one_that_is_taken_away_is_started_again(standin: StandIn, sdk: None) -> None:
+def test_two_workers_meet_and_one_that_is_taken_away_is_started_again(
+    standin: StandIn, sdk: None, tmp_path: Path
+) -> None:
     script = """
 import json, os, sys, time, pathlib
 spec = json.loads(os.environ["CLUSTER_SPEC"])
 print(spec["task"], sorted(map(len, spec["cluster"].values())), len(spec["open_ports"]), flush=True)
-mark = pathlib.Path(os.environ["MARK"])
+mark = pathlib.Path(os.environ["MARKS"]) / spec["task"]["type"]
 if not mark.exists():
     mark.touch()
     time.sleep(600)
 """
-    mark = Path(os.environ.get("TMPDIR", "/tmp")) / f"mark-{os.getpid()}-{time.monotonic_ns()}"
     made = pools(script, workers=2)
     for pool in made:
-        pool["container_spec"]["env"] = [{"name": "MARK", "value": f"{mark}"}]
+        pool["container_spec"]["env"] = [{"name": "MARKS", "value": f"{tmp_path}"}]
     job = aiplatform.CustomJob("pair", made, base_output_dir=BASE)
     job.submit(restart_job_on_worker_restart=True)
     deadline = time.monotonic() + 30
-    while len(standin.entries) < 2 or not mark.exists():
+    while len(standin.entries) < 2 or len(list(tmp_path.iterdir())) < 2:
         assert time.monotonic() < deadline, messages(standin)
         time.sleep(0.05)
-    standin.preempt("workerpool1-0" if "workerpool1" in messages(standin)[0] else "workerpool0-0")
+    standin.preempt("workerpool1-0")
     while job.state.name not in ("JOB_STATE_SUCCEEDED", "JOB_STATE_FAILED"):
         assert time.monotonic() < deadline, messages(standin)
         time.sleep(0.05)
-    mark.unlink()
     assert job.state.name == "JOB_STATE_SUCCEEDED"
     assert sum("[1, 1] 1" in line for line in messages(standin)) >= 3
 
