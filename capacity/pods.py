@@ -27,7 +27,7 @@ HOLD = 20.0  # seconds of each: the kubelet counts CPU every ten
 BUSIEST = 0.8  # of what the node can answer, at the ramp's height: beyond it, latency is whatever the moment brings
 RISE = 90.0  # seconds from the foot of the ramp (check.py) to its height
 NOTICED = 25.0  # seconds until the HPA sees what a pod takes (simulation.py), in which the load rises on
-STARTS = 2  # of each tier, one after the other: two at a time slow the rest more than the ramp's do
+STARTS = 3  # of each tier, one after the other: two at a time slow the rest more than the ramp's do
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,16 @@ def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier]) -> Pods:
         rate / able: tuple(np.quantile([1e3 * row.seconds for row in rows if row.status == 200], LEVELS).tolist())
         for rate, rows in steps.items()
     }
-    during = {name: np.concatenate([slow for *_, slow in found]) for name, found in starts.items()}
-    slowed = {name: np.quantile(slow, LEVELS) for name, slow in during.items() if len(slow) > 100}
+    slowed = {name: found for name in TIERS if (found := typical([slow for *_, slow in starts[name]])) is not None}
     return Pods(replicas, create, Shared(cluster.node_cpus, fixed, others, Latencies.of(quantiles), slowed), able)
+
+
+def typical(starts: Sequence[Floats]) -> Floats | None:
+    """Seconds of the calls during each start -> at LEVELS, of the start in the middle: one that meets a moment in which
+    the node has more to do is no measure of the others. None where there were too few calls."""
+    levels = [np.quantile(seconds, LEVELS) for seconds in starts if len(seconds) > 50]
+    found: Floats | None = np.median(levels, axis=0) if levels else None
+    return found
 
 
 def grows(tier: Tier, idle: float, an_image: float) -> float:

@@ -18,7 +18,7 @@ from capacity import check, cluster, manifests
 from capacity.cluster import Cluster, Seen, Watch, counted, line, windows
 from capacity.hpa import Flags
 from capacity.measured import LEVELS, Latencies
-from capacity.pods import NOTICED, Pods, noticed
+from capacity.pods import NOTICED, Pods, noticed, typical
 from capacity.simulation import Shared
 
 METRICS = """# HELP container_cpu_usage_seconds_total [STABLE] Cumulative cpu time
@@ -242,3 +242,10 @@ def test_the_ramp_is_offered_as_meant_and_a_tier_grows_later_than_the_load_asks_
     assert rates["gateway"] == top
     later = int(np.searchsorted(images, asked)) + NOTICED
     assert rates["model-server"] == pytest.approx(images[int(later)], abs=2)
+
+
+def test_one_start_of_three_that_was_far_slower_does_not_count():
+    usual, slow = np.linspace(0.02, 0.2, 200), np.linspace(0.5, 3, 200)
+    found = typical([usual, slow, usual * 1.1, np.full(10, 9.0)])
+    assert found == pytest.approx(np.quantile(usual * 1.1, LEVELS))
+    assert typical([np.full(10, 9.0)]) is None
