@@ -76,7 +76,7 @@ def test_one_of_the_two_that_ends_by_itself_ends_it(start, tmp_path):
     port = processes.free_ports(1)[0]
     process = start(storage_uri=f"file://{tmp_path}/tiny", http_port=port)
     deadline = time.monotonic() + 60
-    while not (children := [one for one in psutil.Process(process.pid).children() if "gateway" in one.cmdline()]):
+    while not (children := [one for one in descendants(process, "gateway") if one.ppid() == process.pid]):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     children[0].kill()
