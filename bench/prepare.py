@@ -82,7 +82,8 @@ def identity(
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
     )
     resize = "Pillow" if resample.resample is resample.by_pillow else "bundle/resample.c"
-    wide = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "amx_int8", "amx_bf16") if flag in features()]
+    flags = features()
+    wide = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "amx_int8", "amx_bf16") if flag in flags]
     bundles = {}
     for name in sorted({contender.bundle for contender in chosen}):
         with contextlib.suppress(BundleError):  # told by `prepare`

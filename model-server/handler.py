@@ -50,7 +50,7 @@ class Model:
             if os.environ.get("PRECISION") == "bf16":
                 import bf16
 
-                self.run = bf16.runner(folder, self.shape, verify, self.run)
+                self.run = bf16.runner(folder, verify, self.run)
         else:
             import gpu  # and with it torch, which takes seconds
 

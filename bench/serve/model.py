@@ -68,8 +68,7 @@ def bf16(folder: Path, threads: int) -> Run:
     sys.path.append(str(Path(__file__).parents[2] / "model-server" / "worker"))
     import bf16
 
-    resize = manifest.read(folder).input.resize
-    run: Run = bf16.compiled(folder, (resize.height, resize.width, 3))  # with THREADS from the environment
+    run: Run = bf16.compiled(folder)  # with THREADS from the environment
     return run
 
 

@@ -17,13 +17,13 @@ from bundle.golden import ROUNDINGS, Pictures, Run, Verify
 EPSILON = 2.0**-7  # of bfloat16: from 1 to the next larger number
 
 
-def runner(folder: Path, shape: tuple[int, int, int], verify: Verify, exact: Run) -> Run:
-    """Pixels of `shape` -> logits, in bfloat16; `exact` where the CPU has no AMX or the answers are not close, which
-    the log says then."""
+def runner(folder: Path, verify: Verify, exact: Run) -> Run:
+    """Pixels -> logits, in bfloat16; `exact` where the CPU has no AMX or the answers are not close, which the log says
+    then."""
     try:
         if "amx_bf16" not in features():
             raise RuntimeError("this CPU has no AMX, and is faster with float32")
-        run = compiled(folder, shape)
+        run = compiled(folder)
         verify(run, ROUNDINGS * EPSILON)
         return run
     except Exception as exc:  # of OpenVINO's of several types, and lines
@@ -31,13 +31,15 @@ def runner(folder: Path, shape: tuple[int, int, int], verify: Verify, exact: Run
         return exact
 
 
-def compiled(folder: Path, shape: tuple[int, int, int]) -> Run:
+def compiled(folder: Path) -> Run:
     """For one picture at a time: two take as long each, and a number that changes a third longer."""
     import openvino
 
     core = openvino.Core()
     model = core.read_model(folder / "model.onnx")
-    model.reshape([1, *shape])
+    shape = model.input(0).get_partial_shape()
+    shape[0] = 1
+    model.reshape(shape)
     settings = {
         "INFERENCE_PRECISION_HINT": "bf16",
         "INFERENCE_NUM_THREADS": int(os.environ.get("THREADS", "1")),
