@@ -13,7 +13,7 @@ from typing import Any
 
 from kubernetes import client, config
 
-from capacity.manifests import TIERS, Object, amount
+from capacity.manifests import TIERS, Object, Tier, amount
 
 NAMESPACE = "kennel"
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
@@ -97,6 +97,20 @@ class Cluster:
         for name in least:
             patch = {"spec": {"minReplicas": least[name], "maxReplicas": most[name]}}
             scaling.patch_namespaced_horizontal_pod_autoscaler(name, NAMESPACE, patch)
+
+    def aim(self, tiers: Sequence[Tier]) -> None:
+        """The HPAs' targets, as these tiers have them."""
+        scaling = client.AutoscalingV2Api(self._api)
+        for tier in tiers:
+            goal: Object = {"type": "AverageValue", "averageValue": f"{tier.scaling.value}m"}
+            if tier.scaling.utilization:
+                goal = {"type": "Utilization", "averageUtilization": tier.scaling.utilization}
+            metric: Object = {"type": "Resource", "resource": {"name": "cpu", "target": goal}}
+            if tier.container:
+                asked = {"name": "cpu", "container": tier.container, "target": goal}
+                metric = {"type": "ContainerResource", "containerResource": asked}
+            patch = {"spec": {"metrics": [metric]}}
+            scaling.patch_namespaced_horizontal_pod_autoscaler(tier.name, NAMESPACE, patch)
 
     def count(self) -> dict[str, int]:
         """Pods by tier, leaving ones too."""

@@ -1,6 +1,7 @@
 """What the very pods of a cluster take: CPU an image, latency by how busy their node is, the time of a start."""
 
 import contextlib
+import dataclasses
 import math
 import statistics
 import subprocess
@@ -25,6 +26,8 @@ RATES = (10.0, *np.arange(30.0, 400.0, 20.0).tolist())  # images/s, as many of t
 WARM_UP = ((0.0, 40.0), (30.0, 40.0))
 HOLD = 20.0  # seconds of each: the kubelet counts CPU every ten
 BUSIEST = 0.8  # of what the node can answer, at the ramp's height: beyond it, latency is whatever the moment brings
+STARTING = 1.0  # CPUs that a start takes: where the load leaves less, how slow all becomes is chance
+AHEAD = 1.5  # times as high as what makes each tier grow
 RISE = 90.0  # seconds from the foot of the ramp (check.py) to its height
 NOTICED = 25.0  # seconds until the HPA sees what a pod takes (simulation.py), in which the load rises on
 STARTS = 3  # of each tier, one after the other: two at a time slow the rest more than the ramp's do
@@ -34,13 +37,15 @@ STARTS = 3  # of each tier, one after the other: two at a time slow the rest mor
 class Pods:
     """What was measured of the very pods.
 
-    create: by tier, seconds from a pod's creation to its container's start; able: images/s that the node answers.
+    create: by tier, seconds from a pod's creation to its container's start; peak: images/s at the ramp's height;
+    tiers: with the HPAs' targets so low that each grows well before it.
     """
 
     replicas: Mapping[str, Replica]
     create: Mapping[str, float]
     shared: Shared
-    able: float
+    peak: float
+    tiers: Sequence[Tier]
 
 
 class Load:
@@ -79,8 +84,8 @@ class Load:
         rows += figures.read(log)
 
 
-def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier]) -> Pods:
-    """The pods as they are, at their least, and one more of each."""
+def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier], peak: float | None) -> Pods:
+    """The pods as they are, at their least, and one more of each. peak: None chooses it by what the node answers."""
     least = {tier.name: tier.scaling.least for tier in tiers}
     cluster.bounds(least, least)
     print("holding both HPAs at their least; a first load, which warms them up", flush=True)
@@ -100,7 +105,7 @@ def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier]) -> Pods:
             if told["failed"] or told["refused"]:
                 break
             steps[rate] = rows
-            if len(steps) > 1 and rate > BUSIEST * node_able(cluster, points[""]):
+            if len(steps) > 1 and rate > (peak or busiest(cluster.node_cpus) * node_able(cluster, points[""])):
                 break  # the next is beyond what is to be known
     if len(steps) < 2:
         raise SystemExit("check: the cluster does not bear 30 images/s without refusing any: too little to measure")
@@ -108,8 +113,11 @@ def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier]) -> Pods:
     if fitted[""][1] < sum(fitted[name][1] for name in TIERS):
         raise SystemExit("check: the node's CPUs did not follow the load, others were busy: measure on a quiet machine")
     able = node_able(cluster, points[""])
+    top = min(max(steps), peak or busiest(cluster.node_cpus) * able)
+    tiers = [growing(tier, *fitted[tier.name], top / AHEAD) for tier in tiers]
     grow = {tier.name: grows(tier, *fitted[tier.name]) for tier in tiers}
-    top = min(max(steps), highest(grow, able))
+    ends = ", ".join(f"the {name} grows beyond {rate:.0f}" for name, rate in grow.items())
+    print(f"the node answers {able:.0f} images/s; the ramp goes to {top:.0f}, {ends}", flush=True)
     steps[top] = load.run([(0, top), (HOLD, top)], seed=92)  # where most of the ramp's answers are, as it is
     rates = noticed(grow, top)
     where = ", ".join(f"the {name} at {rate:.0f} images/s" for name, rate in rates.items())
@@ -136,7 +144,8 @@ def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier]) -> Pods:
         for rate, rows in steps.items()
     }
     slowed = {name: found for name in TIERS if (found := typical([slow for *_, slow in starts[name]])) is not None}
-    return Pods(replicas, create, Shared(cluster.node_cpus, fixed, others, Latencies.of(quantiles), slowed), able)
+    shared = Shared(cluster.node_cpus, fixed, others, Latencies.of(quantiles), slowed)
+    return Pods(replicas, create, shared, top, tiers)
 
 
 def typical(starts: Sequence[Floats]) -> Floats | None:
@@ -152,9 +161,21 @@ def grows(tier: Tier, idle: float, an_image: float) -> float:
     return tier.scaling.least * max(0.0, tier.target * (1 + Flags.tolerance) - idle) / max(an_image, 1e-6)
 
 
-def highest(grow: Mapping[str, float], able: float) -> float:
-    """The ramp's height: half above what makes the later tier grow, as far as the node bears it."""
-    return min(1.5 * max(grow.values()), BUSIEST * able)
+def growing(tier: Tier, idle: float, an_image: float, rate: float) -> Tier:
+    """The tier, its HPA's target lowered where it would grow only beyond so many images/s."""
+    if grows(tier, idle, an_image) <= rate:
+        return tier
+    cpus, scaling = (idle + an_image * rate / tier.scaling.least) / (1 + Flags.tolerance), tier.scaling
+    if scaling.utilization:
+        lower = dataclasses.replace(scaling, utilization=max(1, int(100 * cpus / tier.request)))
+    else:
+        lower = dataclasses.replace(scaling, value=max(1, int(1e3 * cpus)))
+    return dataclasses.replace(tier, scaling=lower)
+
+
+def busiest(cpus: float) -> float:
+    """The ramp's height, of what a node of so many CPUs answers: beside it, one more replica can start."""
+    return min(BUSIEST, max(cpus - STARTING, STARTING / 2) / cpus)
 
 
 def noticed(grow: Mapping[str, float], top: float) -> dict[str, float]:

@@ -4,6 +4,7 @@ import json
 import math
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from capacity import check, cluster, manifests
 from capacity.cluster import Cluster, Seen, Watch, counted, line, windows
 from capacity.hpa import Flags
 from capacity.measured import LEVELS, Latencies
-from capacity.pods import NOTICED, Pods, noticed, typical
+from capacity.pods import NOTICED, Pods, busiest, growing, grows, noticed, typical
 from capacity.simulation import Shared
 
 METRICS = """# HELP container_cpu_usage_seconds_total [STABLE] Cumulative cpu time
@@ -126,6 +127,17 @@ def test_a_cluster_is_read_as_its_manifests_are(api):
     ]
 
 
+def test_the_hpas_aim_lower_and_then_as_before(api):
+    found, tiers = Cluster(), manifests.read(RENDERED)
+    found.aim(tiers)
+    as_rendered = {o["metadata"]["name"]: o["spec"]["metrics"] for o in RENDERED if o["kind"].startswith("Horizontal")}
+    assert api.patched == [(tier.name, {"spec": {"metrics": as_rendered[tier.name]}}) for tier in tiers]
+    api.patched.clear()
+    found.aim([replace(tiers[0], scaling=replace(tiers[0].scaling, utilization=0, value=85))])
+    [(_, patch)] = api.patched
+    assert patch["spec"]["metrics"][0]["resource"]["target"] == {"type": "AverageValue", "averageValue": "85m"}
+
+
 def test_a_look_sees_replicas_pods_and_cpu(api):
     with Cluster().watch() as watch:
         deadline = time.monotonic() + 10
@@ -184,20 +196,27 @@ def quantiles(ms: float) -> tuple[float, ...]:
     return tuple(np.full(len(LEVELS), ms).tolist())
 
 
-def pods(fixed: float = 0.3) -> Pods:
-    shared = Shared(2.0, fixed, 0.001, Latencies.of({0.1: quantiles(30), 0.8: quantiles(60)}))
-    able = (2 - fixed - 0.08) / (0.001 + 0.98 / 220 + 0.98 / 140)
-    return Pods({"gateway": GATEWAY, "model-server": MODEL_SERVER}, {"gateway": 2.0, "model-server": 5.0}, shared, able)
+def pods() -> Pods:
+    shared = Shared(2.0, 0.3, 0.001, Latencies.of({0.1: quantiles(30), 0.8: quantiles(60)}))
+    replicas, tiers = {"gateway": GATEWAY, "model-server": MODEL_SERVER}, manifests.read(RENDERED)
+    return Pods(replicas, {"gateway": 2.0, "model-server": 5.0}, shared, 80.0, tiers)
 
 
-def test_the_ramp_is_as_high_as_something_grows_and_the_node_bears(capsys):
-    tiers = manifests.read(RENDERED)
-    peak = check.height(pods(), tiers)
-    # Two gateways grow beyond 110% of 70% of 200m each, less what they take idle.
-    assert f"the gateway grows beyond {2 * (0.154 - 0.02) * 220 / 0.98:.0f} images/s" in capsys.readouterr().out
-    assert peak == pytest.approx(min(0.8 * pods().able, 1.5 * 2 * (0.308 - 0.02) * 140 / 0.98))
-    with pytest.raises(SystemExit, match="no tier would grow before its CPUs are spent"):
-        check.height(pods(fixed=1.5), tiers)
+def test_a_tier_grows_before_the_ramp_is_at_its_height():
+    for tier in manifests.read(RENDERED):
+        # 70% of the request is aimed at, and 10% more than that is borne; two replicas, which take 20 millicores idle.
+        as_it_is = 2 * (0.77 * tier.request - 0.02) / 0.004
+        assert grows(tier, 0.02, 0.004) == pytest.approx(as_it_is)
+        assert growing(tier, 0.02, 0.004, as_it_is + 1) == tier
+        lower = growing(tier, 0.02, 0.004, 20.0)
+        by_value = replace(tier, scaling=replace(tier.scaling, utilization=0, value=round(700 * tier.request)))
+        assert 0.9 * 20 <= grows(lower, 0.02, 0.004) <= 20
+        assert 0.9 * 20 <= grows(growing(by_value, 0.02, 0.004, 20.0), 0.02, 0.004) <= 20
+        assert growing(tier, 0.5, 0.004, 1.0).scaling.utilization >= 1
+
+
+def test_beside_the_ramp_s_height_one_more_replica_can_start():
+    assert [busiest(cpus) for cpus in (1, 2, 4, 16)] == [0.5, 0.5, 0.75, 0.8]
 
 
 def real_as(result, seconds: int, look: float = 1.0) -> Watch:
@@ -208,8 +227,8 @@ def real_as(result, seconds: int, look: float = 1.0) -> Watch:
 
 
 def test_a_cluster_that_does_what_is_simulated_is_within_it():
-    tiers, offered = manifests.read(RENDERED), np.interp(np.arange(340.0), *zip(*check.ramp(80), strict=True))
-    results = [check.simulated(pods(), tiers, offered, Flags(), moments) for moments in check.MOMENTS]
+    offered = np.interp(np.arange(340.0), *zip(*check.ramp(80), strict=True))
+    results = [check.simulated(pods(), offered, Flags(), moments) for moments in check.MOMENTS]
     assert {result.replicas["gateway"].max() for result in results} == {3}
     middle = results[4]
     rows = [Row(at, latency, 200, GOOD) for at, latency in enumerate(middle.p50.tolist())]
@@ -224,8 +243,8 @@ def test_a_cluster_that_does_what_is_simulated_is_within_it():
 
 
 def test_a_cluster_that_does_something_else_is_not():
-    tiers, offered = manifests.read(RENDERED), np.full(340, 5.0)
-    results = [check.simulated(pods(), tiers, offered, Flags(), moments) for moments in check.MOMENTS]
+    offered = np.full(340, 5.0)
+    results = [check.simulated(pods(), offered, Flags(), moments) for moments in check.MOMENTS]
     grown = {"gateway": np.full(340, 3.0), "model-server": np.full(340, 2.0)}
     real = check.observed(real_as(type("R", (), {"replicas": grown}), 340), [Row(0, 0.1, 200, GOOD)] * 10, 1000.0, 340)
     ratios = {what: ratio for what, *_, ratio in check.compare(real, results)}
