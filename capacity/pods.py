@@ -22,7 +22,7 @@ from capacity.measured import LEVELS, Floats, Latencies, Replica
 from capacity.simulation import Shared
 from local.processes import ROOT, environment
 
-RATES = (10.0, *np.arange(30.0, 400.0, 20.0).tolist())  # images/s, as many of them as the node bears
+RATES = (*np.arange(10.0, 60.0, 10.0).tolist(), *np.arange(60.0, 400.0, 20.0).tolist())  # images/s, as the node bears
 WARM_UP = ((0.0, 40.0), (30.0, 40.0))
 HOLD = 20.0  # seconds of each: the kubelet counts CPU every ten
 BUSIEST = 0.8  # of what the node can answer, at the ramp's height: beyond it, latency is whatever the moment brings

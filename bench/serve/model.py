@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,18 @@ def onnx(folder: Path, threads: int) -> Run:
 
 
 def bf16(folder: Path, threads: int) -> Run:
-    """As the model server runs it."""
+    """As the model server runs it. Each thread has its own: one is for one picture at a time."""
     sys.path.append(str(Path(__file__).parents[2] / "model-server" / "worker"))
     import bf16
 
-    run: Run = bf16.compiled(folder)  # with THREADS from the environment
+    mine = threading.local()
+
+    def run(pixels: picture.Pixels) -> NDArray[np.float32]:
+        if not hasattr(mine, "run"):
+            mine.run = bf16.compiled(folder)  # with THREADS from the environment
+        logits: NDArray[np.float32] = mine.run(pixels)
+        return logits
+
     return run
 
 
