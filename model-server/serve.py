@@ -39,7 +39,10 @@ LATE = 60.0  # seconds without a look after which this program must hang: a star
 FIRST_PAUSE, LAST_PAUSE = 0.5, 60.0
 # The JVM only hands bytes on: its optimizing compiler and concurrent collector cost more CPU than they save. A picture
 # costs it 0.6 ms with these and 1.1 to 2.6 in the first half minute without (32 clients, two cores, n=1 each).
-LEAN = ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
+LEAN = ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:+UseTransparentHugePages"]
+# Memory in pages of 2 MB, where Linux has them: a virtual machine looks for one of 4 kB in two tables, and where its
+# host is busy a worker on a CPU took 9 to 16% longer for that, and the JVM a fifth (docs/speed.md).
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ class Server:
         threads = max(1, whole_cpus() // workers(settings))
         path = [str(here / "site"), str(here / "worker"), str(here.parent), os.environ.get("PYTHONPATH")]
         environment = {
+            **({} if gpus() else HUGE_PAGES),
             **os.environ,
             "TEMP": str(scratch),  # unpacked models, pid file and workers' sockets
             "TMPDIR": str(scratch),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gpu
 import numpy as np
+import psutil
 import pytest
 import requests
 import torch
@@ -82,6 +83,23 @@ def test_on_a_cpu_no_worker_loads_torch(gateway):
     for libraries in found:
         assert any("onnxruntime" in name for name in libraries)
         assert not any("torch" in name for name in libraries)
+
+
+def in_huge_pages(process):
+    """Bytes of its memory."""
+    lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("AnonHugePages:"))
+
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(gpus() > 0 or not HUGE.exists() or "[never]" in HUGE.read_text(), reason="no huge pages here")
+def test_weights_and_the_jvm_s_heap_are_in_huge_pages(gateway):
+    server = psutil.Process(gateway.running.model_server.pid)
+    [jvm] = [child for child in server.children() if "java" in child.name()]
+    found = [in_huge_pages(process) for process in (jvm, *workers(gateway.running.model_server))]
+    assert min(found[0], max(found[1:])) > 8e6
 
 
 def test_every_model_is_served_under_its_own_name_with_its_own_classes(gateway):
