@@ -25,9 +25,10 @@ from local.processes import ROOT, environment
 RATES = (*np.arange(10.0, 60.0, 10.0).tolist(), *np.arange(60.0, 400.0, 20.0).tolist())  # images/s, as the node bears
 WARM_UP = ((0.0, 40.0), (30.0, 40.0))
 HOLD = 20.0  # seconds of each: the kubelet counts CPU every ten
-BUSIEST = 0.8  # of what the node can answer, at the ramp's height: beyond it, latency is whatever the moment brings
-STARTING = 1.0  # CPUs that a start takes: where the load leaves less, how slow all becomes is chance
-AHEAD = 1.5  # times as high as what makes each tier grow
+# Of what the node can answer, at the ramp's height, and CPUs that a start takes: where the load leaves less of either,
+# latency is whatever the moment brings.
+BUSIEST, STARTING = 0.8, 1.0
+AHEAD = 1.5  # how far the ramp goes beyond what makes each tier grow
 RISE = 90.0  # seconds from the foot of the ramp (check.py) to its height
 NOTICED = 25.0  # seconds until the HPA sees what a pod takes (simulation.py), in which the load rises on
 STARTS = 3  # of each tier, one after the other: two at a time slow the rest more than the ramp's do
@@ -113,7 +114,8 @@ def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier], peak: float | N
     if fitted[""][1] < sum(fitted[name][1] for name in TIERS):
         raise SystemExit("check: the node's CPUs did not follow the load, others were busy: measure on a quiet machine")
     able = node_able(cluster, points[""])
-    top = min(max(steps), peak or busiest(cluster.node_cpus) * able)
+    asked = max(grows(tier, *fitted[tier.name]) for tier in tiers)
+    top = min(max(steps), peak or min(AHEAD * asked, busiest(cluster.node_cpus) * able))
     tiers = [growing(tier, *fitted[tier.name], top / AHEAD) for tier in tiers]
     grow = {tier.name: grows(tier, *fitted[tier.name]) for tier in tiers}
     ends = ", ".join(f"the {name} grows beyond {rate:.0f}" for name, rate in grow.items())
@@ -174,7 +176,7 @@ def growing(tier: Tier, idle: float, an_image: float, rate: float) -> Tier:
 
 
 def busiest(cpus: float) -> float:
-    """The ramp's height, of what a node of so many CPUs answers: beside it, one more replica can start."""
+    """How high the ramp may go, of what a node of so many CPUs answers: beside it, one more replica can start."""
     return min(BUSIEST, max(cpus - STARTING, STARTING / 2) / cpus)
 
 
