@@ -22,7 +22,7 @@ from typing import Any, Literal
 import psutil
 
 from bench import processes
-from bundle.cpus import whole_cpus
+from bundle.cpus import HUGE_PAGES, whole_cpus
 from local.processes import ROOT, free_ports
 from local.run import BUNDLES, DEFAULT
 
@@ -189,9 +189,9 @@ def command(contender: Contender, port: int, grpc: int, scratch: Path) -> tuple[
         settings |= {"BUNDLE": str(bundle), "RUNTIME": contender.runtime}
         settings |= {"FULL": str(int(contender.full)), "PILLOW": str(int(contender.pillow))}
         # A process a CPU with a thread each: a third more images/s than one process with a thread a CPU.
-        if not contender.server:  # which has what can be had: pages of 2 MB, as ours have them (model-server/serve.py)
-            settings["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         settings |= {"THREADS": "1", "OMP_NUM_THREADS": "1", "WORKERS": str(whole_cpus()), "PORT": str(port)}
+        if not contender.server:  # the limit to ours has their workers' pages
+            settings |= HUGE_PAGES
     return contender.command.format(**words).split(), os.environ | settings
 
 

@@ -93,14 +93,11 @@ class Cluster:
 
     def bounds(self, least: Mapping[str, int], most: Mapping[str, int]) -> None:
         """The HPAs' minReplicas and maxReplicas."""
-        scaling = client.AutoscalingV2Api(self._api)
         for name in least:
-            patch = {"spec": {"minReplicas": least[name], "maxReplicas": most[name]}}
-            scaling.patch_namespaced_horizontal_pod_autoscaler(name, NAMESPACE, patch)
+            self._patch_scaler(name, {"minReplicas": least[name], "maxReplicas": most[name]})
 
     def aim(self, tiers: Sequence[Tier]) -> None:
         """The HPAs' targets, as these tiers have them."""
-        scaling = client.AutoscalingV2Api(self._api)
         for tier in tiers:
             goal: Object = {"type": "AverageValue", "averageValue": f"{tier.scaling.value}m"}
             if tier.scaling.utilization:
@@ -109,8 +106,11 @@ class Cluster:
             if tier.container:
                 asked = {"name": "cpu", "container": tier.container, "target": goal}
                 metric = {"type": "ContainerResource", "containerResource": asked}
-            patch = {"spec": {"metrics": [metric]}}
-            scaling.patch_namespaced_horizontal_pod_autoscaler(tier.name, NAMESPACE, patch)
+            self._patch_scaler(tier.name, {"metrics": [metric]})
+
+    def _patch_scaler(self, name: str, spec: Object) -> None:
+        scaling = client.AutoscalingV2Api(self._api)
+        scaling.patch_namespaced_horizontal_pod_autoscaler(name, NAMESPACE, {"spec": spec})
 
     def count(self) -> dict[str, int]:
         """Pods by tier, leaving ones too."""

@@ -31,7 +31,7 @@ from pathlib import Path
 import fetch
 import ts
 
-from bundle.cpus import gpus, whole_cpus
+from bundle.cpus import HUGE_PAGES, gpus, whole_cpus
 
 POLL = 0.5  # seconds between looks at the workers
 LATE = 60.0  # seconds without a look after which this program must hang: a start and each look take less
@@ -40,9 +40,6 @@ FIRST_PAUSE, LAST_PAUSE = 0.5, 60.0
 # The JVM only hands bytes on: its optimizing compiler and concurrent collector cost more CPU than they save. A picture
 # costs it 0.6 ms with these and 1.1 to 2.6 in the first half minute without (32 clients, two cores, n=1 each).
 LEAN = ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:+UseTransparentHugePages"]
-# Memory in pages of 2 MB, where Linux has them: a virtual machine looks for one of 4 kB in two tables, and where its
-# host is busy a worker on a CPU took 9 to 16% longer for that, and the JVM a fifth (docs/speed.md).
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 @dataclass(frozen=True)
