@@ -45,6 +45,45 @@ def test_a_picture_as_the_body_and_as_a_form_give_the_same_answer(client, tiny):
     assert (raw.json["model"], raw.json["version"], raw.json["digest"]) == ("tiny", "1", tiny["1"].manifest.digest)
 
 
+@pytest.mark.parametrize("body", [picture("blue"), picture("red")[:80], b"hello", b""])
+def test_the_short_way_answers_counts_and_logs_as_flask_does(client, body, caplog):
+    """Whoever asks for a model by its name is answered by Flask."""
+    caplog.set_level("INFO")
+    counted = [client.get("/metrics").text]
+    answers = []
+    for path in ("/predict", "/predict?model=tiny"):
+        answers.append(client.post(path, data=body, headers={"X-Request-Id": "a"}))
+        counted.append(client.get("/metrics").text)
+    short, flask = answers
+    assert (short.status_code, short.json) == (flask.status_code, flask.json)
+    assert dict(short.headers) == dict(flask.headers)
+    line = f'kennel_requests_total{{route="/predict",status="{short.status_code}"}} '
+    before, one, two = (float((text + line + "0").split(line)[1].split()[0]) for text in counted)
+    assert (one - before, two - one) == (1, 1)
+    first, second = (
+        vars(record) for record in caplog.records if record.message == "request" and record.path == "/predict"
+    )
+    assert first["stages_ms"].keys() == second["stages_ms"].keys()
+    told = ("request_id", "method", "path", "status", "bytes", "model", "digest", "labels", "problem")
+    assert [first.get(key) for key in told] == [second.get(key) for key in told]
+
+
+def test_the_short_way_goes_around_flask(client):
+    client.application.before_request(lambda: pytest.fail("by Flask"))
+    assert client.post("/predict", data=picture("blue")).json["label"] == "blue"
+
+
+def test_what_nobody_foresaw_is_told_and_logged_on_either_way(client, monkeypatch, caplog):
+    monkeypatch.setattr("gateway.schemas.decide", lambda *_: 1 / 0)
+    for path in ("/predict", "/predict?model=tiny"):
+        caplog.clear()
+        answer = client.post(path, data=picture("blue"))
+        assert (answer.status_code, answer.json["detail"]) == (500, "an error of ours, logged under this request_id")
+        unexpected = [record for record in caplog.records if record.message == "unexpected"]
+        assert [record.request_id for record in unexpected] == [answer.json["request_id"]]
+        assert unexpected[0].exc_info[0] is ZeroDivisionError
+
+
 def test_several_pictures_as_json_come_back_in_order(client):
     instances = [{"b64": b64(colour)} for colour in ("red", "blue", "green", "red")]
     answer = client.post(JSON, json={"instances": instances, "parameters": {"top_k": 3}})
