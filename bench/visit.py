@@ -21,6 +21,7 @@ from local.processes import ROOT
 from local.run import DEFAULT
 
 MEMORY_SECONDS = 20.0  # between looks at memory; one holds up a process for milliseconds
+CALM = 6.0  # seconds without a call, before memory is compared: what servers give back from time to time is back then
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,8 @@ def measure(server: Server, case: Case, photos: dict[str, list[Path]], book: res
         raise Failed("its capacity is unknown: nothing was answered to 32 clients")
     series: list[dict[str, float]] = []
     watch = (lambda: series.append(processes.memory(server.tree()))) if case.of_capacity else (lambda: None)
+    if case.recovery:
+        time.sleep(CALM)
     memory_before = processes.memory(server.tree())
     before, busy, began = processes.cpu(server.tree()), processes.busy(), time.monotonic()
     rows, generator = load(server, case, photos, rate=case.of_capacity * capacity, watch=watch)
@@ -171,6 +174,7 @@ def measure(server: Server, case: Case, photos: dict[str, list[Path]], book: res
     if case.recovery:
         again, _ = load(server, Case("", case.recovery, 32), photos)
         found["recovery_s"] = figures.recovered(again, capacity)
+        time.sleep(CALM)
         found["pss_before_mb"], found["pss_after_mb"] = memory_before, processes.memory(server.tree())
     if case.name == cases.SOAK.name:
         found["pss_series_mb"] = series

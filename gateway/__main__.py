@@ -1,105 +1,19 @@
-"""Starts the gateway: `MODELS=dog-breeds python -m gateway`.
+"""Starts the gateway: `MODELS=dog-breeds python -m gateway`."""
 
-gunicorn forks the worker processes; each makes its own app, and with it its own channel.
-"""
-
-import ctypes
 import os
-import tempfile
-import threading
-import time
-from pathlib import Path
-from typing import Any
+import sys
 
-from gunicorn.app.base import BaseApplication
-
-from gateway.settings import Settings
-
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX = -3, -1, -8  # malloc.h
-ARENAS = 2  # Python's own lock lets few threads ask for memory at a time
-
-
-class Server(BaseApplication):  # type: ignore[misc]
-    def __init__(self, settings: Settings, shared: Path) -> None:
-        self.settings, self.shared = settings, shared
-        super().__init__()
-
-    def load_config(self) -> None:
-        from gateway.telemetry import LOGGING
-
-        options: dict[str, Any] = {
-            "bind": f"{self.settings.host}:{self.settings.port}",
-            "worker_class": "gateway.worker.Worker",
-            "workers": self.settings.worker_processes,
-            "threads": self.settings.worker_threads,
-            "graceful_timeout": int(self.settings.grace_seconds),
-            # Longer than the load balancers in front keep their connections (GKE: 600 s).
-            "keepalive": 620,
-            "worker_tmp_dir": str(self.shared),
-            "logconfig_dict": LOGGING,
-            "logger_class": "gateway.worker.Log",
-            "child_exit": _forget,
-            "worker_exit": _tell_the_rest,
-            "control_socket_disable": True,
-        }
-        for key, value in options.items():
-            self.cfg.set(key, value)
-
-    def load(self) -> Any:
-        """In each worker process."""
-        from gateway.app import create_app
-        from gateway.telemetry import later
-
-        later.begin()
-        threading.Thread(target=_keep_giving_memory_back, daemon=True).start()
-        return create_app(self.settings, self.shared / "ready")
-
-
-def _tell_the_rest(_: Any, __: Any) -> None:
-    from gateway.telemetry import later
-
-    later.flush()
-
-
-def _forget(_: Any, worker: Any) -> None:
-    """A worker process that ended no longer counts in gauges."""
-    from prometheus_client import multiprocess
-
-    multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
-
-
-def _give_memory_back() -> None:
-    """A large picture's memory goes back to the system once it is decoded, and what is free in one thread serves the
-    others, whatever glibc would do: other systems' allocators are left alone.
-
-    It would raise its threshold with the first one and from then on keep such pieces, of 16 MB, for each thread
-    (mallopt(3), M_MMAP_THRESHOLD): a process of 75 MB held 390 MB after two pictures of 64 megapixels. And it would
-    keep eight arenas for each CPU of the machine, each with holes of its own (M_ARENA_MAX): docs/speed.md.
-    """
-    if hasattr(library := ctypes.CDLL(None), "mallopt"):
-        for option, value in ((M_MMAP_THRESHOLD, 4 << 20), (M_TRIM_THRESHOLD, 4 << 20), (M_ARENA_MAX, ARENAS)):
-            library.mallopt(option, value)
-
-
-def _keep_giving_memory_back() -> None:
-    """What overload took, whose bodies lie scattered over the memory of every thread, goes back once it is over."""
-    from gateway.turn import turn
-
-    if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
-        while True:
-            time.sleep(5)
-            if not turn.needed:  # it holds up every thread
-                library.malloc_trim(0)
-
-
-def main() -> None:
-    settings = Settings.from_environment()
-    _give_memory_back()
-    with tempfile.TemporaryDirectory(prefix="gateway-") as shared:
-        # Read by prometheus_client when it is imported, which is why the imports above wait.
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
-        Server(settings, Path(shared)).run()
-
+# A large picture's memory goes back to the system once it is decoded, and what is free in one thread serves the others.
+# glibc would raise its threshold with the first one and from then on keep such pieces, of 16 MB, for each thread: a
+# process of 75 MB held 390 MB after two pictures of 64 megapixels. And it would keep eight arenas for each CPU of the
+# machine, each with holes of its own, and for each thread a few pieces of every size, wherever an overload left them
+# (docs/speed.md). Python's own lock lets few threads ask for memory at a time. Other allocators read none of this.
+MALLOC = {"arena_max": 1, "tcache_count": 0, "mmap_threshold": 4 << 20, "trim_threshold": 4 << 20}
+MEMORY = {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items())}
 
 if __name__ == "__main__":
+    if not os.environ.keys() & MEMORY:  # glibc reads it when a program begins: so this one begins again
+        os.execve(sys.executable, sys.orig_argv, os.environ | MEMORY)
+    from gateway.start import main
+
     main()

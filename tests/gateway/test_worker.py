@@ -1,6 +1,7 @@
 """What the worker does with connections itself: it sees whether a request is here whole, and refuses by itself."""
 
 import ctypes
+import os
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import requests
 from servers import wait_ready, wait_up
 from tiny import picture
 
-from gateway.__main__ import ARENAS
+from gateway.__main__ import MEMORY
 from gateway.turn import turn
 from gateway.worker import _whole
 from local import processes
@@ -142,8 +143,6 @@ def test_all_threads_are_there_from_the_start(started):
 
 ALL_AT_ONCE = """
 import ctypes, threading
-from gateway.__main__ import _give_memory_back
-_give_memory_back()
 libc, all_here = ctypes.CDLL(None), threading.Barrier(64)
 libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p
 def take():
@@ -160,6 +159,11 @@ libc.fflush(ctypes.c_void_p(stream))
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="glibc's")
-def test_what_is_free_in_one_thread_serves_the_others():
-    told = subprocess.run([sys.executable, "-c", ALL_AT_ONCE], cwd=processes.ROOT, capture_output=True, check=True)
-    assert told.stdout.count(b"<heap nr=") == ARENAS
+def test_what_is_free_in_one_thread_serves_the_others(started):
+    process, _ = started()
+    (worker,) = psutil.Process(process.pid).children()
+    setting = {name: worker.environ().get(name) for name in MEMORY}
+    told = subprocess.run(
+        [sys.executable, "-c", ALL_AT_ONCE], env=os.environ | setting, capture_output=True, check=True
+    )
+    assert told.stdout.count(b"<heap nr=") == 1
