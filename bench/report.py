@@ -123,7 +123,7 @@ def bounds(book: Book) -> list[Bound]:
         _ratio("5 times its capacity: p99 of that at capacity", median(OURS, cases.TOO_MUCH.name, "p99_ms"),
                median(OURS, cases.WHOLE.name, "p99_ms"), 2.0, False),
         _under("5 times its capacity: p99 of refusals, ms", refused, 50.0),
-        _under("after it: a process grew at most, %", _growth(book), 5.0),
+        _under("after it, and calm: a process grew at most, %", _growth(book), 5.0),
         _under("after it: full speed again, s", median(OURS, cases.TOO_MUCH.name, "recovery_s"), 10.0),
         _under("thirty minutes at 0.8 of capacity: good requests that failed", _failed(book), 0.0),
         _under("its last twenty: memory grew, %", _soak_growth(book), 2.0),

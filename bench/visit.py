@@ -21,7 +21,7 @@ from local.processes import ROOT
 from local.run import DEFAULT
 
 MEMORY_SECONDS = 20.0  # between looks at memory; one holds up a process for milliseconds
-CALM = 6.0  # seconds without a call, before memory is compared: what servers give back from time to time is back then
+CALM = 6.0  # seconds without a call before memory is compared: what servers give back now and then (gateway/start.py)
 
 
 @dataclass(frozen=True)

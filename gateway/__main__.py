@@ -9,11 +9,14 @@ import sys
 # machine, each with holes of its own, and for each thread a few pieces of every size, wherever an overload left them
 # (docs/speed.md). Python's own lock lets few threads ask for memory at a time. Other allocators read none of this.
 MALLOC = {"arena_max": 1, "tcache_count": 0, "mmap_threshold": 4 << 20, "trim_threshold": 4 << 20}
-MEMORY = {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items())}
+TUNABLES, BEGUN_AGAIN = "GLIBC_TUNABLES", "GATEWAY_BEGUN_AGAIN"
 
 if __name__ == "__main__":
-    if not os.environ.keys() & MEMORY:  # glibc reads it when a program begins: so this one begins again
-        os.execve(sys.executable, sys.orig_argv, os.environ | MEMORY)
+    if BEGUN_AGAIN not in os.environ and sys.executable:  # glibc reads it when a program begins: so this one does, once
+        ours = ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items())
+        theirs = os.environ.get(TUNABLES)  # which prevail: the last one counts
+        changed = {TUNABLES: f"{ours}:{theirs}" if theirs else ours, BEGUN_AGAIN: "1"}
+        os.execve(sys.executable, sys.orig_argv, os.environ | changed)
     from gateway.start import main
 
     main()

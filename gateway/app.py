@@ -89,7 +89,7 @@ class Gateway:
         )
 
     def refusal(self, problem: Problem, environ: Environ, started: float) -> App:
-        """The answer to a request that does not reach Flask. Of those under overload one a second is logged."""
+        """The answer to a request that is refused. Of those under overload one a second is logged."""
         request_id = _request_id(environ.get("HTTP_X_REQUEST_ID", ""))
         fields: dict[str, Any] = {"problem": problem.detail}
         if isinstance(problem, errors.Overloaded):
@@ -256,10 +256,10 @@ def predict(query: schemas.PredictQuery) -> Response:
 
 
 def _short(app: App, gateway: Gateway) -> App:
-    """WSGI middleware: `predict` of a picture that is the body and of nothing else, as nearly all ask, without Flask.
+    """WSGI middleware: `predict` of a picture that is the body, with nothing else asked, as programs do, without Flask.
 
     Its routing, contexts, request and response cost 0.4 ms of CPU between two pictures, a twentieth of an answer in
-    int8 (docs/speed.md).
+    int8 (docs/speed.md). Answers are the same to all but the words beside their status, which nobody reads.
     """
     path = "/predict"
     taken = path in (gateway.settings.predict_route, gateway.settings.health_route)
@@ -269,7 +269,7 @@ def _short(app: App, gateway: Gateway) -> App:
         asks = environ["PATH_INFO"] == path and environ["REQUEST_METHOD"] == "POST" and not environ["QUERY_STRING"]
         if taken or form or not asks:
             return app(environ, start_response)
-        call = Call(environ, gateway.settings)
+        call = Call(environ, gateway)
         try:
             prediction = _predict(call, gateway.model(None), [environ["wsgi.input"].getvalue()], None)[0]
             status, body, headers = 200, prediction.model_dump_json().encode(), {"Content-Type": "application/json"}
@@ -323,7 +323,7 @@ def _predict(
         if len(pictures) == 1:
             answers = [_named(where, 0, ask(pictures[0]))]
         else:
-            running = [_gateway().several.submit(ask, data) for data in pictures]
+            running = [call.gateway.several.submit(ask, data) for data in pictures]
             try:
                 answers = [_named(where, i, future.result()) for i, future in enumerate(running)]
             finally:
@@ -367,10 +367,10 @@ def _json(answer: schemas.Prediction | schemas.PredictResponse) -> Response:
 
 @dataclass
 class Call:
-    """What is known of the request under way: flask.g.call, since every look through a proxy of flask's costs."""
+    """What is known of the request under way. In Flask g.call, since every look through a proxy of flask's costs."""
 
     environ: Environ
-    settings: Settings
+    gateway: Gateway
     started: float = field(default_factory=time.perf_counter)
     stages: telemetry.Stages = field(default_factory=telemetry.Stages)
     said: dict[str, Any] = field(default_factory=dict)  # for its log line
@@ -378,7 +378,7 @@ class Call:
 
     def __post_init__(self) -> None:
         self.request_id = _request_id(self.environ.get("HTTP_X_REQUEST_ID", ""))
-        self.deadline = time.monotonic() + self.settings.deadline_seconds
+        self.deadline = time.monotonic() + self.gateway.settings.deadline_seconds
         self.place: Place | None = self.environ.get(PLACE)
         if self.environ["REQUEST_METHOD"] == "POST":
             self.stages.add("read", self.environ[READ_SECONDS])
@@ -400,7 +400,7 @@ class Call:
         if method == "POST":
             stages.add("request", time.perf_counter() - self.started)
         fields: dict[str, Any] = {}
-        if status != 200 or route not in ("/healthz", "/readyz", "/metrics", self.settings.health_route):
+        if status != 200 or route not in ("/healthz", "/readyz", "/metrics", self.gateway.settings.health_route):
             fields = _line(self.request_id, method, path, status, int(self.environ["CONTENT_LENGTH"]), self.said)
             fields["stages_ms"] = stages.milliseconds
         answered = functools.partial(telemetry.answered, time.time(), route, status, stages.milliseconds, fields)
@@ -409,7 +409,7 @@ class Call:
 
 
 def _begin() -> None:
-    g.call = Call(request.environ, _gateway().settings)
+    g.call = Call(request.environ, _gateway())
 
 
 def _finish(response: Response) -> Response:

@@ -15,6 +15,8 @@ from gunicorn.app.base import BaseApplication
 
 from gateway.settings import Settings
 
+SECONDS = 5.0  # between two times that free memory goes back to the system
+
 
 class Server(BaseApplication):  # type: ignore[misc]
     def __init__(self, settings: Settings, shared: Path) -> None:
@@ -66,12 +68,12 @@ def _forget(_: Any, worker: Any) -> None:
 
 
 def _keep_giving_memory_back() -> None:
-    """What overload took, whose bodies lie scattered over the memory of every thread, goes back once it is over."""
+    """What overload took, whose bodies lie scattered among what stays, goes back once it is over."""
     from gateway.turn import turn
 
     if hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         while True:
-            time.sleep(5)
+            time.sleep(SECONDS)
             if not turn.needed:  # it holds up every thread
                 library.malloc_trim(0)
 

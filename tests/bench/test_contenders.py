@@ -85,6 +85,7 @@ def test_capacity_must_be_known_for_an_open_loop(
     home: Path, photos: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(visit, "reference", lambda _: TOP)
+    monkeypatch.setattr(visit, "CALM", 0.1)
     good = server(home, "good", TOP)
     book = results.Book(home / "results.jsonl", {"contenders": [{"name": "good"}]})
     open_loop = Case("5 x capacity", 1, of_capacity=5, recovery=2)

@@ -139,14 +139,15 @@ def test_nothing_is_decoded_or_asked_for_a_client_that_hung_up(torchserve, tiny)
     assert client.post("/predict", data=picture("red"), environ_overrides=there).status_code == 499
 
 
-def test_neither_an_answer_nor_a_refusal_leaves_anything_to_the_garbage_collector(torchserve, tiny):
+@pytest.mark.parametrize("path", ["/predict", "/predict?model=tiny"], ids=["short", "Flask"])
+def test_neither_an_answer_nor_a_refusal_leaves_anything_to_the_garbage_collector(torchserve, tiny, monkeypatch, path):
     """Circles of them held pictures until it came by, and at a thousand refusals a second it came by all the time."""
     torchserve.models["tiny"] = tiny["1"]
     app = create_app(Settings(models=("tiny",), model_server=torchserve.target, in_flight=1))
     client = app.test_client()
     admission = app.extensions["gateway"].admission
 
-    def left(status, ask=lambda: client.post("/predict", data=picture("red"))):
+    def left(status, ask=lambda: client.post(path, data=picture("red"))):
         assert ask().status_code == status
         gc.collect()
         gc.set_debug(gc.DEBUG_SAVEALL)
@@ -167,16 +168,19 @@ def test_neither_an_answer_nor_a_refusal_leaves_anything_to_the_garbage_collecto
 
     def fails():
         torchserve.fail.append((grpc.StatusCode.INTERNAL, "Worker died."))
-        return client.post("/predict", data=picture("red"))
+        return client.post(path, data=picture("red"))
 
     def several():
         pictures = [{"b64": base64.b64encode(data).decode()} for data in (picture("red"), b"no picture")]
         return client.post("/v1/models/tiny:predict", json={"instances": pictures})
 
     assert left(200) == set()
-    assert left(415, lambda: client.post("/predict", data=b"no picture")) == set()
+    assert left(415, lambda: client.post(path, data=b"no picture")) == set()
     assert left(503, fails) == set()
     assert left(415, several) == set()
+    with monkeypatch.context() as patch:
+        patch.setattr("gateway.schemas.decide", lambda *_: 1 / 0)
+        assert left(500) == set()
     places = [admission.enter("10.0.0.1") for _ in range(2)]  # one more in a burst
     assert left(503) == set()
     for place in places:

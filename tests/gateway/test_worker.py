@@ -14,7 +14,7 @@ import requests
 from servers import wait_ready, wait_up
 from tiny import picture
 
-from gateway.__main__ import MEMORY
+from gateway.__main__ import TUNABLES
 from gateway.turn import turn
 from gateway.worker import _whole
 from local import processes
@@ -162,8 +162,6 @@ libc.fflush(ctypes.c_void_p(stream))
 def test_what_is_free_in_one_thread_serves_the_others(started):
     process, _ = started()
     (worker,) = psutil.Process(process.pid).children()
-    setting = {name: worker.environ().get(name) for name in MEMORY}
-    told = subprocess.run(
-        [sys.executable, "-c", ALL_AT_ONCE], env=os.environ | setting, capture_output=True, check=True
-    )
+    environment = os.environ | {TUNABLES: worker.environ()[TUNABLES]}
+    told = subprocess.run([sys.executable, "-c", ALL_AT_ONCE], env=environment, capture_output=True, check=True)
     assert told.stdout.count(b"<heap nr=") == 1

@@ -25,10 +25,14 @@ def connections(gateway, count):
             sock.close()
 
 
-def request(body=PICTURE, **headers):
+# Around Flask and through it: gateway/app.py, _short.
+WAYS = pytest.mark.parametrize("path", ["/predict", "/predict?model=tiny"], ids=["short", "Flask"])
+
+
+def request(body=PICTURE, path="/predict", **headers):
     lines = {"Host": "kennel", "Content-Type": "image/jpeg", "Content-Length": len(body)} | headers
     head = "".join(f"{key}: {value}\r\n" for key, value in lines.items() if value is not None)
-    return f"POST /predict?model=tiny HTTP/1.1\r\n{head}\r\n".encode() + body
+    return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body
 
 
 def answers(sock, count):
@@ -76,8 +80,9 @@ def calm(gateway):
     return gateway
 
 
-def test_a_request_that_comes_in_pieces(calm):
-    sent = request()
+@WAYS
+def test_a_request_that_comes_in_pieces(calm, path):
+    sent = request(path=path)
     pieces = [sent[:40], sent[40:-500], *(sent[at : at + 100 or None] for at in range(-500, 0, 100))]
     with connections(calm, 1) as (sock,):
         for _ in range(3):  # what follows on a connection is read otherwise
@@ -87,10 +92,11 @@ def test_a_request_that_comes_in_pieces(calm):
             assert next(answers(sock, 1))[0] == 200
 
 
-def test_an_answer_comes_in_one_piece(gateway):
+@WAYS
+def test_an_answer_comes_in_one_piece(gateway, path):
     with connections(gateway, 1) as (sock,):
         for count in range(1, 4):
-            sock.sendall(request())
+            sock.sendall(request(path=path))
             assert next(answers(sock, 1))[0] == 200
             told = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
             assert struct.unpack_from("I", told, 152)[0] == count  # tcpi_data_segs_in of linux/tcp.h
@@ -105,32 +111,36 @@ def test_a_client_who_is_gone_after_an_answer_leaves_nothing(gateway):
     assert quickly(gateway) < 1
 
 
-def test_one_connection_for_many_requests_waiting_between_them_or_not(gateway):
+@WAYS
+def test_one_connection_for_many_requests_waiting_between_them_or_not(gateway, path):
     with connections(gateway, 1) as (sock,):
         for pause in (0, 0, 0.001, 0.05, 0.2, 0):  # shorter and longer than a thread stays with a connection
             time.sleep(pause)
-            sock.sendall(request())
+            sock.sendall(request(path=path))
             assert next(answers(sock, 1))[0] == 200
 
 
-def test_requests_sent_before_the_answers_have_come(gateway):
+@WAYS
+def test_requests_sent_before_the_answers_have_come(gateway, path):
     with connections(gateway, 1) as (sock,):
-        sock.sendall(request() + request(b"no picture") + request(Connection="close"))
+        sock.sendall(request(path=path) + request(b"no picture", path) + request(path=path, Connection="close"))
         assert [status for status, _ in answers(sock, 3)] == [200, 415, 200]
         assert sock.recv(1) == b""
 
 
-def test_a_body_in_chunks(gateway):
+@WAYS
+def test_a_body_in_chunks(gateway, path):
     with connections(gateway, 1) as (sock,):
         chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(PICTURE), PICTURE)
-        sock.sendall(request(chunks, **{"Content-Length": None, "Transfer-Encoding": "chunked"}))
+        sock.sendall(request(chunks, path, **{"Content-Length": None, "Transfer-Encoding": "chunked"}))
         assert next(answers(sock, 1))[0] == 200
 
 
-def test_refused_clients_who_go_on_are_answered_on_the_same_connection(gateway):
+@WAYS
+def test_refused_clients_who_go_on_are_answered_on_the_same_connection(gateway, path):
     with connections(gateway, 1) as (sock,):
         for body, status in ((b"", 415), (PICTURE[: len(PICTURE) // 2], 422), (PICTURE, 200)):
-            sock.sendall(request(body))
+            sock.sendall(request(body, path))
             assert next(answers(sock, 1))[0] == status
 
 
