@@ -378,7 +378,7 @@ class Call:
 
     def __post_init__(self) -> None:
         self.request_id = _request_id(self.environ.get("HTTP_X_REQUEST_ID", ""))
-        self.deadline = time.monotonic() + self.gateway.settings.deadline_seconds
+        self.deadline = time.monotonic() + self.gateway.settings.deadline_seconds  # in time.monotonic()
         self.place: Place | None = self.environ.get(PLACE)
         if self.environ["REQUEST_METHOD"] == "POST":
             self.stages.add("read", self.environ[READ_SECONDS])
