@@ -37,7 +37,6 @@ from gateway.settings import Settings
 
 STATIC = Path(__file__).with_name("static")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-NO_SNIFFING = {"X-Content-Type-Options": "nosniff"}
 FORM = "multipart/form-data"
 POST = re.compile(rb"POST (/[A-Za-z0-9._:/-]*)(?:\?[!-~]*)? HTTP/1\.[01]\r\n")
 # The page needs nothing from another host; the docs' own page brings inline scripts with it.
@@ -262,12 +261,12 @@ def _short(app: App, gateway: Gateway) -> App:
     int8 (docs/speed.md). Answers are the same to all but the words beside their status, which nobody reads.
     """
     path = "/predict"
-    taken = path in (gateway.settings.predict_route, gateway.settings.health_route)
+    if path in (gateway.settings.predict_route, gateway.settings.health_route):  # it means that, then
+        return app
 
     def answer(environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        form = environ.get("CONTENT_TYPE", "").lower().startswith(FORM)
         asks = environ["PATH_INFO"] == path and environ["REQUEST_METHOD"] == "POST" and not environ["QUERY_STRING"]
-        if taken or form or not asks:
+        if not asks or environ.get("CONTENT_TYPE", "").lower().startswith(FORM):
             return app(environ, start_response)
         call = Call(environ, gateway)
         try:
@@ -371,6 +370,9 @@ class Call:
 
     environ: Environ
     gateway: Gateway
+    request_id: str = field(init=False)
+    deadline: float = field(init=False)  # in time.monotonic()
+    place: Place | None = field(init=False)
     started: float = field(default_factory=time.perf_counter)
     stages: telemetry.Stages = field(default_factory=telemetry.Stages)
     said: dict[str, Any] = field(default_factory=dict)  # for its log line
@@ -378,8 +380,8 @@ class Call:
 
     def __post_init__(self) -> None:
         self.request_id = _request_id(self.environ.get("HTTP_X_REQUEST_ID", ""))
-        self.deadline = time.monotonic() + self.gateway.settings.deadline_seconds  # in time.monotonic()
-        self.place: Place | None = self.environ.get(PLACE)
+        self.deadline = time.monotonic() + self.gateway.settings.deadline_seconds
+        self.place = self.environ.get(PLACE)
         if self.environ["REQUEST_METHOD"] == "POST":
             self.stages.add("read", self.environ[READ_SECONDS])
 
@@ -393,7 +395,7 @@ class Call:
         return problem
 
     def ended(self, route: str, path: str, status: int) -> dict[str, str]:
-        """Its place is given back, it is counted and logged -> the headers of every answer."""
+        """Its place is given back, it is counted and logged -> headers for its answer."""
         if self.place:
             self.place.leave(tells=status == 200 or self.timed_out)
         method, stages = self.environ["REQUEST_METHOD"], self.stages
@@ -405,7 +407,7 @@ class Call:
             fields["stages_ms"] = stages.milliseconds
         answered = functools.partial(telemetry.answered, time.time(), route, status, stages.milliseconds, fields)
         telemetry.later(answered)
-        return {"X-Request-Id": self.request_id, **NO_SNIFFING}
+        return _always(self.request_id)
 
 
 def _begin() -> None:
@@ -452,7 +454,12 @@ def _told(problem: Problem, request_id: str) -> tuple[int, bytes, dict[str, str]
 
 def _refused(problem: Problem, request_id: str) -> App:
     status, body, headers = _told(problem, request_id)
-    return _plain(status, body, {**headers, "X-Request-Id": request_id, **NO_SNIFFING})
+    return _plain(status, body, headers | _always(request_id))
+
+
+def _always(request_id: str) -> dict[str, str]:
+    """Headers of every answer."""
+    return {"X-Request-Id": request_id, "X-Content-Type-Options": "nosniff"}
 
 
 def _plain(status: int, body: bytes, headers: dict[str, str]) -> App:

@@ -14,6 +14,8 @@ from bundle import golden, manifest
 from bundle.picture import Resize
 
 COLOURS = {"red": (230, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 230)}
+# Where to post a picture: an answer goes around Flask, or through it where a model is named (gateway/app.py, _short).
+WAYS = ("/predict", "/predict?model=tiny")
 
 
 def tiny_bundle(

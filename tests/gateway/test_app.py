@@ -7,7 +7,7 @@ from io import BytesIO
 
 import grpc
 import pytest
-from tiny import picture
+from tiny import WAYS, picture
 
 from bundle.picture import PictureError
 from gateway import errors
@@ -47,11 +47,10 @@ def test_a_picture_as_the_body_and_as_a_form_give_the_same_answer(client, tiny):
 
 @pytest.mark.parametrize("body", [picture("blue"), picture("red")[:80], b"hello", b""])
 def test_the_short_way_answers_counts_and_logs_as_flask_does(client, body, caplog):
-    """Whoever asks for a model by its name is answered by Flask."""
     caplog.set_level("INFO")
     counted = [client.get("/metrics").text]
     answers = []
-    for path in ("/predict", "/predict?model=tiny"):
+    for path in WAYS:
         answers.append(client.post(path, data=body, headers={"X-Request-Id": "a"}))
         counted.append(client.get("/metrics").text)
     short, flask = answers
@@ -75,7 +74,7 @@ def test_the_short_way_goes_around_flask(client):
 
 def test_what_nobody_foresaw_is_told_and_logged_on_either_way(client, monkeypatch, caplog):
     monkeypatch.setattr("gateway.schemas.decide", lambda *_: 1 / 0)
-    for path in ("/predict", "/predict?model=tiny"):
+    for path in WAYS:
         caplog.clear()
         answer = client.post(path, data=picture("blue"))
         assert (answer.status_code, answer.json["detail"]) == (500, "an error of ours, logged under this request_id")

@@ -7,7 +7,7 @@ import socket
 
 import grpc
 import pytest
-from tiny import picture
+from tiny import WAYS, picture
 
 from gateway import errors, front
 from gateway.access import Access
@@ -139,7 +139,7 @@ def test_nothing_is_decoded_or_asked_for_a_client_that_hung_up(torchserve, tiny)
     assert client.post("/predict", data=picture("red"), environ_overrides=there).status_code == 499
 
 
-@pytest.mark.parametrize("path", ["/predict", "/predict?model=tiny"], ids=["short", "Flask"])
+@pytest.mark.parametrize("path", WAYS)
 def test_neither_an_answer_nor_a_refusal_leaves_anything_to_the_garbage_collector(torchserve, tiny, monkeypatch, path):
     """Circles of them held pictures until it came by, and at a thousand refusals a second it came by all the time."""
     torchserve.models["tiny"] = tiny["1"]

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import requests
-from tiny import picture
+from tiny import WAYS, picture
 
 from gateway.turn import SECONDS
 
@@ -23,10 +23,6 @@ def connections(gateway, count):
     finally:
         for sock in socks:
             sock.close()
-
-
-# Around Flask and through it: gateway/app.py, _short.
-WAYS = pytest.mark.parametrize("path", ["/predict", "/predict?model=tiny"], ids=["short", "Flask"])
 
 
 def request(body=PICTURE, path="/predict", **headers):
@@ -80,7 +76,7 @@ def calm(gateway):
     return gateway
 
 
-@WAYS
+@pytest.mark.parametrize("path", WAYS)
 def test_a_request_that_comes_in_pieces(calm, path):
     sent = request(path=path)
     pieces = [sent[:40], sent[40:-500], *(sent[at : at + 100 or None] for at in range(-500, 0, 100))]
@@ -92,7 +88,7 @@ def test_a_request_that_comes_in_pieces(calm, path):
             assert next(answers(sock, 1))[0] == 200
 
 
-@WAYS
+@pytest.mark.parametrize("path", WAYS)
 def test_an_answer_comes_in_one_piece(gateway, path):
     with connections(gateway, 1) as (sock,):
         for count in range(1, 4):
@@ -111,7 +107,7 @@ def test_a_client_who_is_gone_after_an_answer_leaves_nothing(gateway):
     assert quickly(gateway) < 1
 
 
-@WAYS
+@pytest.mark.parametrize("path", WAYS)
 def test_one_connection_for_many_requests_waiting_between_them_or_not(gateway, path):
     with connections(gateway, 1) as (sock,):
         for pause in (0, 0, 0.001, 0.05, 0.2, 0):  # shorter and longer than a thread stays with a connection
@@ -120,7 +116,7 @@ def test_one_connection_for_many_requests_waiting_between_them_or_not(gateway, p
             assert next(answers(sock, 1))[0] == 200
 
 
-@WAYS
+@pytest.mark.parametrize("path", WAYS)
 def test_requests_sent_before_the_answers_have_come(gateway, path):
     with connections(gateway, 1) as (sock,):
         sock.sendall(request(path=path) + request(b"no picture", path) + request(path=path, Connection="close"))
@@ -128,7 +124,7 @@ def test_requests_sent_before_the_answers_have_come(gateway, path):
         assert sock.recv(1) == b""
 
 
-@WAYS
+@pytest.mark.parametrize("path", WAYS)
 def test_a_body_in_chunks(gateway, path):
     with connections(gateway, 1) as (sock,):
         chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(PICTURE), PICTURE)
@@ -136,7 +132,7 @@ def test_a_body_in_chunks(gateway, path):
         assert next(answers(sock, 1))[0] == 200
 
 
-@WAYS
+@pytest.mark.parametrize("path", WAYS)
 def test_refused_clients_who_go_on_are_answered_on_the_same_connection(gateway, path):
     with connections(gateway, 1) as (sock,):
         for body, status in ((b"", 415), (PICTURE[: len(PICTURE) // 2], 422), (PICTURE, 200)):
