@@ -10,7 +10,7 @@ import zlib
 
 import pytest
 import requests
-from tiny import picture
+from tiny import WAYS, picture
 
 
 def huge_png() -> bytes:
@@ -41,10 +41,10 @@ HEIC = b"\x00\x00\x00\x18ftypheic\x00\x00\x00\x00mif1heic" + bytes(100)
     ],
     ids=["empty", "text", "truncated", "30000x30000", "svg", "heic"],
 )
-@pytest.mark.parametrize("form", [False, True], ids=["body", "form"])
-def test_no_picture_is_refused_with_a_sentence(gateway, data, status, sentence, form):
+@pytest.mark.parametrize(("path", "form"), [*((path, False) for path in WAYS), (WAYS[0], True)])
+def test_no_picture_is_refused_with_a_sentence(gateway, data, status, sentence, path, form):
     sent = {"files": {"image": ("x.jpg", data)}} if form else {"data": data}
-    answer = requests.post(f"{gateway.url}/predict?model=tiny", **sent, timeout=10)
+    answer = requests.post(f"{gateway.url}{path}", **sent, timeout=10)
     assert answer.status_code == status, answer.text
     assert answer.headers["Content-Type"] == "application/problem+json"
     assert sentence in answer.json()["detail"]
@@ -108,7 +108,7 @@ def test_two_hundred_mutated_photographs_are_pictures_or_refused(gateway, photos
         else:
             at = rng.randrange(len(data))
             data[at:at] = data[at // 2 : at // 2 + 50]
-        answer = session.post(f"{gateway.url}/predict?model=tiny", data=bytes(data), timeout=20)
+        answer = session.post(f"{gateway.url}{WAYS[i // 4 % 2]}", data=bytes(data), timeout=20)
         statuses.append(answer.status_code)
         assert answer.status_code in (200, 413, 415, 422), answer.text
         if answer.status_code != 200:
