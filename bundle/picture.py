@@ -3,7 +3,10 @@
 Training, evaluation and the gateway all call `load`, so what was measured is what is served.
 """
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from typing import Literal
 
@@ -11,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from bundle.resample import Box, resample
+from bundle.jpeg import SHRINKS, Unusual, jpegs
+from bundle.resample import Box, Size, resample
 
 Pixels = NDArray[np.uint8]
 
@@ -78,7 +82,14 @@ def load(data: bytes, to: Resize, max_pixels: int = MAX_PIXELS) -> Pixels:
 
     Raises NotAPicture, BrokenPicture or TooManyPixels.
     """
-    return _resize(*_decode(data, to, max_pixels), to)
+    if jpegs and data.startswith(b"\xff\xd8"):
+        with suppress(Unusual):
+            width, height = jpegs.size(data)
+            if width * height <= min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels):
+                shrink = _shrink(width, height, to)
+                return _resize(partial(jpegs.resample, data, shrink), (0, 0, width / shrink, height / shrink), to)
+    image, box = _decode(data, to, max_pixels)
+    return _resize(partial(resample, image), box, to)
 
 
 def decode(data: bytes, to: Resize | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -91,7 +102,7 @@ def decode(data: bytes, to: Resize | None = None, max_pixels: int = MAX_PIXELS) 
 
 def resize(image: Image.Image, to: Resize) -> Pixels:
     """RGB image of any size -> uint8 [to.height, to.width, 3]."""
-    return _resize(image, (0, 0, *image.size), to)
+    return _resize(partial(resample, image), (0, 0, *image.size), to)
 
 
 def _decode(data: bytes, to: Resize | None, max_pixels: int) -> tuple[Image.Image, Box]:
@@ -113,9 +124,7 @@ def _decode(data: bytes, to: Resize | None, max_pixels: int) -> tuple[Image.Imag
     try:
         format, drafted = image.format, None
         if to:
-            # Orientation may yet swap the sides: large enough for both.
-            scale = max(_scale(width, height, to), _scale(height, width, to))
-            drafted = image.draft("RGB", (max(1, round(width * scale)), max(1, round(height * scale))))
+            drafted = image.draft("RGB", _least(width, height, to))
         image.load()
         box_width, box_height = drafted[1][2:] if drafted else image.size
         orientation = _orientation(image)
@@ -135,7 +144,7 @@ def _decode(data: bytes, to: Resize | None, max_pixels: int) -> tuple[Image.Imag
         raise BrokenPicture(f"the {format} picture is cut off or damaged ({exc}): send the whole file") from exc
 
 
-def _resize(image: Image.Image, box: Box, to: Resize) -> Pixels:
+def _resize(resample: Callable[[Size, Image.Resampling, Box], Pixels], box: Box, to: Resize) -> Pixels:
     left, top, right, bottom = box
     width, height = right - left, bottom - top
     filter = Image.Resampling[to.filter.upper()]
@@ -150,11 +159,21 @@ def _resize(image: Image.Image, box: Box, to: Resize) -> Pixels:
         inner_width, inner_height = max(1, round(width * scale)), max(1, round(height * scale))
         left, top = (to.width - inner_width) // 2, (to.height - inner_height) // 2
         pixels = np.full((to.height, to.width, 3), 128, np.uint8)
-        pixels[top : top + inner_height, left : left + inner_width] = resample(
-            image, (inner_width, inner_height), filter, box
-        )
+        pixels[top : top + inner_height, left : left + inner_width] = resample((inner_width, inner_height), filter, box)
         return pixels
-    return resample(image, (to.width, to.height), filter, box)
+    return resample((to.width, to.height), filter, box)
+
+
+def _least(width: int, height: int, to: Resize) -> Size:
+    """What a picture must be decoded to at least. Orientation may yet swap the sides: large enough for both."""
+    scale = max(_scale(width, height, to), _scale(height, width, to))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _shrink(width: int, height: int, to: Resize) -> int:
+    """Pillow's own choice, in Image.draft."""
+    least_width, least_height = _least(width, height, to)
+    return next(shrink for shrink in SHRINKS if shrink <= max(1, min(width // least_width, height // least_height)))
 
 
 def _scale(width: float, height: float, to: Resize) -> float:

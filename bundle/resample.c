@@ -113,6 +113,58 @@ FOR_EACH_PROCESSOR static void down(const int32_t *restrict in, size_t width, co
     }
 }
 
+/* One picture's way: what its rows become across, and then down, or the other way round. */
+typedef struct {
+  taps x, y;
+  int in_width, down_first; /* rounded in between, the order makes a difference */
+  size_t padded;            /* pixels of a row of `half`, `whole` */
+  int32_t *strip, *half, *whole;
+} job;
+
+/* The box of a picture of in_width x in_height. Returns 0, or -1 where there is no memory, or the picture is narrower
+   than LANES or so wide that LANES of its rows would take more memory than all else: Pillow can do it then. */
+static int begin(job *j, int in_width, int in_height, int name, const float box[4], int width, int height) {
+  if (in_width < LANES || in_width > WIDEST) return -1;
+  if (plan(&j->x, name, in_width, box[0], box[2], width) || plan(&j->y, name, in_height, box[1], box[3], height))
+    return -1;
+  j->in_width = in_width;
+  /* Pillow goes down first what shrinks much more in height. */
+  j->down_first = in_height > height && in_height - height > 2 * (in_width - width);
+  return 0;
+}
+
+/* Memory for rows of j->in_width. Returns 0, or -1 where there is none. */
+static int make_room(job *j) {
+  j->padded = (j->x.size + LANES - 1) / LANES * LANES;
+  size_t half = j->down_first ? (size_t)j->y.size * j->in_width : (size_t)(j->y.to - j->y.from) * j->padded;
+  j->strip = malloc((size_t)(j->x.to - j->x.from) * LANES * sizeof *j->strip);
+  j->half = malloc(half * sizeof *j->half);
+  j->whole = malloc(j->y.size * j->padded * sizeof *j->whole);
+  return j->strip && j->half && j->whole ? 0 : -1;
+}
+
+/* `rows` rows, which are y.from + first and those after it: all at once, or LANES and again LANES where not
+   down_first. */
+static void take(job *j, const int32_t *in, int first, int rows) {
+  if (j->down_first) {
+    down(in, j->in_width, &j->y, j->half);
+    across(j->half, j->in_width, j->y.size, &j->x, j->strip, j->whole, j->padded);
+  } else
+    across(in, j->in_width, rows, &j->x, j->strip, j->half + first * j->padded, j->padded);
+}
+
+/* out: uint8 [height][width][3]. */
+static void give(job *j, uint8_t *out) {
+  if (!j->down_first) down(j->half, j->padded, &j->y, j->whole);
+  for (int row = 0; row < j->y.size; row++)
+    for (int column = 0; column < j->x.size; column++, out += 3) memcpy(out, &j->whole[row * j->padded + column], 3);
+}
+
+static void end(job *j) {
+  free(j->x.first), free(j->x.count), free(j->x.weight), free(j->y.first), free(j->y.count), free(j->y.weight);
+  free(j->strip), free(j->half), free(j->whole);
+}
+
 /* https://arrow.apache.org/docs/format/CDataInterface.html */
 struct ArrowArray {
   int64_t length, null_count, offset, n_buffers, n_children;
@@ -122,37 +174,16 @@ struct ArrowArray {
   void *private_data;
 };
 
-/* The box of a picture, an RGB image of Pillow's exported to Arrow -> out, uint8 [height][width][3].
-   Returns 0, or -1 where there is no memory, or the picture is narrower than LANES or so wide that LANES of its rows
-   would take more memory than all else: Pillow can do it then. */
-int resample(const struct ArrowArray *picture, int in_width, int in_height, int name, float left, float top,
-             float right, float bottom, int width, int height, uint8_t *out) {
-  if (in_width < LANES || in_width > WIDEST) return -1;
-  const int32_t *in = picture->children[0]->buffers[1];
-  taps x = {0}, y = {0};
-  int32_t *strip = NULL, *half = NULL, *whole = NULL;
-  int failed = -1;
-  if (plan(&x, name, in_width, left, right, width) || plan(&y, name, in_height, top, bottom, height)) goto end;
-  /* Rounded in between, the order makes a difference: Pillow goes down first what shrinks much more in height. */
-  int down_first = in_height > height && in_height - height > 2 * (in_width - width);
-  size_t padded = (width + LANES - 1) / LANES * LANES;
-  strip = malloc((size_t)(x.to - x.from) * LANES * sizeof *strip);
-  half = malloc((down_first ? (size_t)height * in_width : (size_t)(y.to - y.from) * padded) * sizeof *half);
-  whole = malloc(height * padded * sizeof *whole);
-  if (!strip || !half || !whole) goto end;
-  in += (size_t)y.from * in_width;
-  if (down_first) {
-    down(in, in_width, &y, half);
-    across(half, in_width, height, &x, strip, whole, padded);
-  } else {
-    across(in, in_width, y.to - y.from, &x, strip, half, padded);
-    down(half, padded, &y, whole);
+/* The box (left, top, right, bottom) of a picture, an RGB image of Pillow's exported to Arrow -> out. As begin. */
+int resample(const struct ArrowArray *picture, int in_width, int in_height, int name, const float box[4], int width,
+             int height, uint8_t *out) {
+  job j = {0};
+  int failed = begin(&j, in_width, in_height, name, box, width, height) || make_room(&j) ? -1 : 0;
+  if (!failed) {
+    const int32_t *in = picture->children[0]->buffers[1];
+    take(&j, in + (size_t)j.y.from * in_width, 0, j.y.to - j.y.from);
+    give(&j, out);
   }
-  for (int row = 0; row < height; row++)
-    for (int column = 0; column < width; column++, out += 3) memcpy(out, &whole[row * padded + column], 3);
-  failed = 0;
-end:
-  free(x.first), free(x.count), free(x.weight), free(y.first), free(y.count), free(y.weight);
-  free(strip), free(half), free(whole);
+  end(&j);
   return failed;
 }

@@ -19,7 +19,8 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 # RGB image, size, bilinear, bicubic or Lanczos, the box in the image -> uint8 [height, width, 3]
 Resample = Callable[[Image.Image, Size, Image.Resampling, Box], NDArray[np.uint8]]
 
-LIBRARY = Path(__file__).parents[1] / "build" / "resample.so"
+BOX = ctypes.c_float * 4
+LIBRARY = Path(__file__).parents[1] / "build" / "pixels.so"
 
 
 def by_pillow(image: Image.Image, size: Size, filter: Image.Resampling, box: Box) -> NDArray[np.uint8]:
@@ -33,8 +34,8 @@ def compiled(library: Path = LIBRARY) -> Resample | None:
         function = ctypes.CDLL(str(library)).resample
     except OSError:
         return None
-    integer, real, pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
-    function.argtypes = [pointer, *[integer] * 3, *[real] * 4, integer, integer, pointer]
+    integer, pointer = ctypes.c_int, ctypes.c_void_p
+    function.argtypes = [pointer, *[integer] * 3, BOX, integer, integer, pointer]
     address = ctypes.pythonapi.PyCapsule_GetPointer
     address.argtypes, address.restype = [ctypes.py_object, ctypes.c_char_p], pointer
 
@@ -45,7 +46,8 @@ def compiled(library: Path = LIBRARY) -> Resample | None:
             with suppress(ValueError):  # more than 16 MB, which Pillow keeps in several pieces
                 _, array = image.__arrow_c_array__()  # no copy; holds the image's memory
                 pixels = np.empty((size[1], size[0], 3), np.uint8)
-                if not function(address(array, b"arrow_array"), *image.size, filter, *box, *size, pixels.ctypes.data):
+                source = address(array, b"arrow_array")
+                if not function(source, *image.size, filter, BOX(*box), *size, pixels.ctypes.data):
                     return pixels
         return by_pillow(image, size, filter, box)
 

@@ -13,12 +13,14 @@ import urllib.request
 
 from PIL import Image
 
+from bundle.jpeg import jpegs
 from bundle.picture import Resize, load
 from bundle.resample import by_pillow, resample
 
 
 def main() -> None:
     assert resample is not by_pillow, "resample.c was not compiled, or makes other pixels than Pillow"
+    assert jpegs, "jpeg.c was not compiled, or makes other pixels than Pillow"
     drawing = Image.effect_mandelbrot((640, 480), (-2, -1, 1, 1), 50).convert("RGB")
     for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"):
         data = io.BytesIO()

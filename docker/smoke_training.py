@@ -14,12 +14,14 @@ from pathlib import Path
 from PIL import Image
 
 from bundle.golden import draw
+from bundle.jpeg import jpegs
 from bundle.manifest import read
 from bundle.resample import by_pillow, resample
 
 
 def main() -> None:
     assert resample is not by_pillow, "resample.c was not compiled, or makes other pixels than Pillow"
+    assert jpegs, "jpeg.c was not compiled, or makes other pixels than Pillow"
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "data"
         for label, colour in (("red", 0), ("blue", 2)):

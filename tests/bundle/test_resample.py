@@ -1,9 +1,8 @@
 """bundle.resample: what resample.c makes is what Pillow makes, to the last bit, or Pillow makes it."""
 
 import random
-import shutil
-import subprocess
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from bundle.golden import draw
 from bundle.resample import LIBRARY, Resample, by_pillow, compiled, resample
 
 FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
-PARTS = Path(__file__).parents[2] / "bundle"
-needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler (cc)")
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +28,6 @@ def by_c() -> Resample:
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     """Noise, whose sums leave 0 to 255 as often as they can."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 2, (height, width, 3), np.uint8) * 255)
-
-
-def build(folder: Path, source: str) -> Path:
-    """The library, made of this source."""
-    (folder / "bundle").mkdir(parents=True)
-    (folder / "bundle" / "resample.c").write_text(source)
-    shutil.copy(PARTS / "compile.sh", folder / "bundle")
-    subprocess.run([folder / "bundle" / "compile.sh"], check=True, capture_output=True)
-    return folder / "build" / "resample.so"
 
 
 def test_any_box_of_any_picture_in_any_size_is_pillow_s(by_c: Resample) -> None:
@@ -106,21 +94,19 @@ def test_it_is_what_the_bundle_uses(by_c: Resample) -> None:
     assert resample.__qualname__ == by_c.__qualname__
 
 
-@needs_compiler
 @pytest.mark.parametrize(
     ("line", "other"),
     [("FRACTION = 32 - 8 - 2", "FRACTION = 32 - 8 - 12"), ("2 * (in_width - width)", "9 * (in_width - width)")],
 )
-def test_a_library_that_makes_other_pixels_is_not_used(tmp_path: Path, line: str, other: str) -> None:
-    source = (PARTS / "resample.c").read_text()
-    assert compiled(build(tmp_path / "other", source.replace(line, other))) is None
-    assert compiled(build(tmp_path / "same", source))
+def test_a_library_that_makes_other_pixels_is_not_used(build: Callable[..., Path], line: str, other: str) -> None:
+    assert compiled(build(resample=(line, other))) is None
+    assert compiled(build())
 
 
 def test_without_a_library_pillow_does_it(tmp_path: Path) -> None:
-    assert compiled(tmp_path / "resample.so") is None
-    (tmp_path / "resample.so").write_text("cut off")
-    assert compiled(tmp_path / "resample.so") is None
+    assert compiled(tmp_path / "pixels.so") is None
+    (tmp_path / "pixels.so").write_text("cut off")
+    assert compiled(tmp_path / "pixels.so") is None
 
 
 @pytest.mark.measurement
