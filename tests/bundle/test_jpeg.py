@@ -169,6 +169,14 @@ def test_what_is_cut_off_is_left_to_pillow(jpegs: Jpegs) -> None:
             jpegs.resample(PLAIN[:end], *how)
 
 
+@pytest.mark.parametrize(
+    "box", [(-1, 0, 20, 20), (0, 0, 301, 20), (0, 0, 20, 200.5), (5, 5, 5, 5), (0, 0, float("nan"), 9)]
+)
+def test_a_box_outside_the_picture_is_left_to_pillow(jpegs: Jpegs, box: tuple[float, float, float, float]) -> None:
+    with pytest.raises(Unusual):
+        jpegs.resample(PLAIN, 1, (20, 20), Image.Resampling.BICUBIC, box)
+
+
 def test_every_thread_gets_its_own_pixels(jpegs: Jpegs) -> None:
     pictures = [encoded(drawing(random.Random(i), 300 + i, 200)) for i in range(16)]
     to = Resize(224, 224, shorter_side=256)
