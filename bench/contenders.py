@@ -47,7 +47,7 @@ class Contender:
     path: str = "/predict"
     bundle: str = DEFAULT  # under build/bundles
     full: bool = False  # decodes every pixel
-    pillow: bool = True  # resizes with Pillow, as everybody does; ours, and the limit to it, with bundle/resample.c
+    pillow: bool = True  # alone, as everybody does; ours, and the limit to it, have bundle/jpeg.c and resample.c
     server: bool = True
 
     @property

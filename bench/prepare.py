@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from bench import contenders
 from bench.contenders import HOME, Contender, Failed
-from bundle import resample
+from bundle import jpeg, resample
 from bundle.cpus import features, whole_cpus
 from bundle.golden import draw
 from bundle.manifest import BundleError
@@ -81,7 +81,8 @@ def identity(
     model = next(
         (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
     )
-    resize = "Pillow" if resample.resample is resample.by_pillow else "bundle/resample.c"
+    decoder = "bundle/jpeg.c" if jpeg.jpegs else "Pillow"
+    resizer = "Pillow" if resample.resample is resample.by_pillow else "bundle/resample.c"
     flags = features()
     wide = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "amx_int8", "amx_bf16") if flag in flags]
     bundles = {}
@@ -100,7 +101,7 @@ def identity(
         },
         "bundles": bundles,
         "photos": {size: [_kilobytes(path) for path in paths] for size, paths in photos.items()},
-        "versions": {"ours": f"resized by {resize}"}
+        "versions": {"ours": f"decoded by {decoder}, resized by {resizer}"}
         | {c.environment: versions(c.environment) for c in chosen if c.environment},
         "contenders": [dataclasses.asdict(c) for c in chosen],
         "quick": quick,

@@ -19,8 +19,8 @@ class Classifier:
     """Picture bytes -> {"top": [{"label", "probability"}, ...]}, the best first.
 
     From the environment: BUNDLE, a folder; RUNTIME, "onnx", "torch" or "bf16"; THREADS, for each call of the model;
-    FULL=1 to decode every pixel of a JPEG, as a guide's Image.open does, instead of what the resize needs; PILLOW=1 to
-    resize with Pillow, as everybody does, instead of with bundle/resample.c: the pixels are the same.
+    FULL=1 to decode every pixel of a JPEG, as a guide's Image.open does, instead of what the resize needs; PILLOW=1 for
+    Pillow alone, as everybody does, instead of with bundle/jpeg.c and resample.c: the pixels are the same.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Classifier:
         self.manifest = manifest.read(folder)
         self.full = os.environ.get("FULL") == "1"
         if os.environ.get("PILLOW") == "1":
-            picture.resample = resample.by_pillow  # type: ignore[attr-defined]
+            picture.resample, picture.jpegs = resample.by_pillow, None  # type: ignore[attr-defined]
         self.run = {"onnx": onnx, "torch": torch, "bf16": bf16}[os.environ["RUNTIME"]](folder, threads)
 
     def __call__(self, data: bytes) -> dict[str, Any]:
