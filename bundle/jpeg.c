@@ -117,10 +117,7 @@ static int decode(decoder *d) {
   info->scale_num = 1, info->scale_denom = d->shrink;
   info->out_color_space = JCS_EXT_RGBX;
   jpeg.start_decompress(info);
-  const float *box = d->box;
-  if (!(0 <= box[0] && box[0] < box[2] && box[2] <= info->output_width)) return -1;
-  if (!(0 <= box[1] && box[1] < box[3] && box[3] <= info->output_height)) return -1;
-  if (begin(j, info->output_width, info->output_height, d->name, box, d->width, d->height)) return -1;
+  if (begin(j, info->output_width, info->output_height, d->name, d->box, d->width, d->height)) return -1;
 
   JDIMENSION left = j->x.from < MARGIN ? 0 : j->x.from - MARGIN, right = j->x.to + MARGIN;
   JDIMENSION wide = (right < info->output_width ? right : info->output_width) - left;

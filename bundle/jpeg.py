@@ -29,11 +29,12 @@ class Jpegs:
 
     def __init__(self, library: Path = LIBRARY) -> None:
         """Raises OSError or AttributeError where it is not compiled, Unusual where Pillow has no libjpeg of its own."""
-        own = next(Path(PIL.__file__).parents[1].glob("pillow.libs/libjpeg-*.so*"), Path("none"))
-        if ctypes.CDLL(str(library)).jpeg_use(os.fsencode(own)):
+        found = ctypes.CDLL(str(library))
+        own = next(Path(PIL.__file__).parents[1].glob("pillow.libs/libjpeg-*.so*"), None)
+        if not own or found.jpeg_use(os.fsencode(own)):
             raise Unusual
         self._size = ctypes.PyDLL(str(library)).jpeg_size  # a microsecond, not worth giving Python's lock away
-        self._resample = ctypes.CDLL(str(library)).jpeg_resample
+        self._resample = found.jpeg_resample
         integer, size, pointer = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p
         self._found = integer * 2
         self._size.argtypes = [ctypes.c_char_p, size, self._found]

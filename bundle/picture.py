@@ -82,7 +82,7 @@ def load(data: bytes, to: Resize, max_pixels: int = MAX_PIXELS) -> Pixels:
 
     Raises NotAPicture, BrokenPicture or TooManyPixels.
     """
-    if jpegs and data.startswith(b"\xff\xd8"):
+    if jpegs:
         with suppress(Unusual):
             width, height = jpegs.size(data)
             if width * height <= min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels):

@@ -121,10 +121,13 @@ typedef struct {
   int32_t *strip, *half, *whole;
 } job;
 
-/* The box of a picture of in_width x in_height. Returns 0, or -1 where there is no memory, or the picture is narrower
-   than LANES or so wide that LANES of its rows would take more memory than all else: Pillow can do it then. */
+/* The box of a picture of in_width x in_height. Returns 0, or -1 where there is no memory, the box is not within the
+   picture, or that is narrower than LANES or so wide that LANES of its rows would take more memory than all else: Pillow
+   knows what to do then. */
 static int begin(job *j, int in_width, int in_height, int name, const float box[4], int width, int height) {
   if (in_width < LANES || in_width > WIDEST) return -1;
+  if (!(0 <= box[0] && box[0] < box[2] && box[2] <= in_width)) return -1; /* nor where one is no number */
+  if (!(0 <= box[1] && box[1] < box[3] && box[3] <= in_height)) return -1;
   if (plan(&j->x, name, in_width, box[0], box[2], width) || plan(&j->y, name, in_height, box[1], box[3], height))
     return -1;
   j->in_width = in_width;

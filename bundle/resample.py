@@ -40,9 +40,7 @@ def compiled(library: Path = LIBRARY) -> Resample | None:
     address.argtypes, address.restype = [ctypes.py_object, ctypes.c_char_p], pointer
 
     def by_c(image: Image.Image, size: Size, filter: Image.Resampling, box: Box) -> NDArray[np.uint8]:
-        left, top, right, bottom = box
-        within = 0 <= left < right <= image.width and 0 <= top < bottom <= image.height
-        if image.mode == "RGB" and within:
+        if image.mode == "RGB":
             with suppress(ValueError):  # more than 16 MB, which Pillow keeps in several pieces
                 _, array = image.__arrow_c_array__()  # no copy; holds the image's memory
                 pixels = np.empty((size[1], size[0], 3), np.uint8)
