@@ -96,7 +96,7 @@ class Gateway:
     def _call(self, start: float, due: float) -> None:
         pixels = self._pixels[next(self._number) % len(self._pixels)]
         try:
-            self._model.predict(pixels, time.monotonic() + DEADLINE, lambda *_: None)
+            self._model.predict(pixels, time.monotonic() + DEADLINE, lambda *_: None, lambda *_: None)
             status = 200
         except Overloaded:
             status = 503

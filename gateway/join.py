@@ -41,6 +41,7 @@ class Asked:
     deadline: float
     request_id: str
     wanted: Callable[[], bool]  # False once its caller is gone
+    answer: Callable[..., Any]  # what becomes of its manifest and logits, for `call` to ask
     pixels: Bytes = b""  # as on the wire, once it is decoded
     decoded: float = 0.0  # when, in time.perf_counter()
     until: float = field(init=False)  # when it has waited too long for what comes next, in time.monotonic()

@@ -18,12 +18,12 @@ from bundle import picture, wire
 from bundle.manifest import BundleError, Manifest, parse
 from gateway import errors
 from gateway.client import Client, Split
-from gateway.errors import Problem
 from gateway.join import UNDECODED, Asked, Join, Told
 
 KEPT = 8  # manifests a model: more versions than a rollout ever has side by side
 CALLS = 64  # of a model under way at once, at most
 Tell = Callable[[str, float], None]  # a stage and the seconds it took
+MISMATCH = object()  # the outcome of a picture that another version of its model was asked for
 
 
 class Model:
@@ -62,27 +62,29 @@ class Model:
         data: bytes,
         deadline: float,
         tell: Tell,
+        answer: Callable[[Manifest, NDArray[np.float32]], Any],
         request_id: str = "",
         wanted: Callable[[], bool] = lambda: True,
-    ) -> tuple[Manifest, NDArray[np.float32]]:
-        """Picture bytes -> the manifest of the bundle that answered and its logits, float32 [C].
+    ) -> Any:
+        """Picture bytes -> `answer` of the manifest of the bundle that answered and its logits, float32 [C].
 
-        wanted: whether the caller is still there. Raises a Problem; one for a picture that cannot be read comes
-        before any call.
+        answer: called for all pictures of a call one after the other, by the thread that made it: what it needs is in
+        the caches from the second one on. wanted: whether the caller is still there. Raises a Problem; one for a
+        picture that cannot be read comes before any call.
         """
         manifest = self.manifest(deadline)
-        asked, started = Asked(manifest.input.contract, deadline, request_id, wanted), time.perf_counter()
+        asked, started = Asked(manifest.input.contract, deadline, request_id, wanted, answer), time.perf_counter()
         self._decoding.submit(self._put, asked, data, manifest)
         try:
-            manifest, logits = self._join.outcome(asked)
-            if logits is None:
-                manifest, logits = self._again(data, asked)
+            found = self._join.outcome(asked)
+            if found is MISMATCH:
+                found = answer(*self._again(data, asked))
         finally:
             ended = time.perf_counter()
             tell("decode", (asked.decoded or ended) - started)
             if asked.decoded:
                 tell("model", ended - asked.decoded)
-        return manifest, logits
+        return found
 
     def _put(self, asked: Asked, data: bytes, manifest: Manifest) -> None:
         """By a decoding thread, which has it called for too: the picture's own thread is woken once, by its answer."""
@@ -124,19 +126,20 @@ class Model:
         raise problem  # not within: as its context, the picture's error would keep the frames that it went through
 
     def _together(self, asked: Sequence[Asked]) -> tuple[list[Any], Told]:
-        """One call for pictures of one contract -> manifest and logits of each; none where another version answered."""
+        """One call for pictures of one contract -> the answer of each, or MISMATCH."""
         pixels = {asked[0].contract: [one.pixels for one in asked]}
         deadline = max(one.deadline for one in asked)
         ids = ",".join(one.request_id for one in asked)
         manifest, answer, took = self._ask(pixels, len(asked), deadline, ids, asked[0].seconds)
         told = Told(took, answer.seconds, answer.workers)
         if answer.status == "error" and len(asked) > 1:
-            return [(manifest, None)] * len(asked), told  # a server that does not know of `count`: each by itself
+            return [MISMATCH] * len(asked), told  # a server that does not know of `count`: each by itself
         outcomes: list[Any] = []
-        for i in range(len(asked)):
+        for i, one in enumerate(asked):
             try:
-                outcomes.append((manifest, self._logits(manifest, answer, i)))
-            except Problem as exc:
+                logits = self._logits(manifest, answer, i)
+                outcomes.append(MISMATCH if logits is None else one.answer(manifest, logits))
+            except Exception as exc:  # its own, and no other's
                 outcomes.append(exc)
         return outcomes, told
 

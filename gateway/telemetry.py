@@ -72,6 +72,7 @@ class Later:
                 log.exception("not counted or not logged")
 
     def flush(self) -> None:
+        IN_FLIGHT.set(in_flight.count)
         while self._todo:
             try:
                 do = self._todo.popleft()
@@ -81,6 +82,24 @@ class Later:
 
 
 later = Later()
+
+
+class InFlight:
+    """Counts those that are `with` it. The gauge is told by `later`: it writes to a file, twice a picture."""
+
+    def __init__(self) -> None:
+        self._lock, self.count = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.count -= 1
+
+
+in_flight = InFlight()
 
 
 class Stages:

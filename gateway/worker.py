@@ -30,6 +30,7 @@ from gunicorn.http import wsgi
 from gunicorn.http.body import LengthReader
 from gunicorn.workers import gthread
 
+from gateway import plain
 from gateway.turn import turn
 
 STAY = 20  # milliseconds for what comes next; a client in a loop, or a proxy under load, is back by then
@@ -83,6 +84,7 @@ wsgi.Response = Answer  # where gunicorn's threads look for it
 class Worker(gthread.ThreadWorker):  # type: ignore[misc]
     def init_process(self) -> None:
         self._guard, self._leaders = threading.Lock(), 0
+        self._environ = wsgi.base_environ(self.cfg) | plain.CONSTANT  # of every plain request
         super().init_process()
 
     def get_thread_pool(self) -> Any:
@@ -158,21 +160,25 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
         the main thread would wait for each client to close its side, for two seconds at most, and meanwhile serve
         nobody.
         """
-        while True:
+        come: bytes | None = b""  # of the next request
+        while come is not None:
             if whole:
                 turn.take()
             else:
                 turn.leave()
             before = conn.parser and conn.parser.mesg
-            kept = super().handle(conn)
+            kept = self._plainly(conn, come)
+            if kept is None:
+                kept = super().handle(conn)
             turn.give()
             if kept is not True or not self.alive or _ahead(conn):
                 break
             turn.leave()
-            looks = turn.needed  # at what is still in the socket
-            if not (_readable(conn.sock, STAY) if looks else _more(conn)):
-                break
-            whole = looks and bool(_whole(conn.sock))
+            if turn.needed:  # to look at what is still in the socket
+                come = b"" if _readable(conn.sock, STAY) else None
+                whole = bool(_whole(conn.sock))
+            else:
+                come, whole = _more(conn.sock), False
         if not kept:
             if _over(conn, before):  # then closing cannot cut off the answer
                 util.close(conn.sock)
@@ -181,6 +187,32 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
                 util.close_graceful(conn.sock, LINGER)
             conn.close = lambda graceful=False: None
         return kept
+
+    def _plainly(self, conn: Any, come: bytes) -> bool | None:
+        """Whether the connection is kept, once a plain request is answered; None where it is left to gunicorn.
+
+        come: what has been read of it.
+        """
+        if not (conn.initialized or conn.data_ready):  # nothing has come yet
+            return None
+        conn.sock.setblocking(True)
+        try:
+            conn.init()
+            come = come or conn.parser.unreader.take_buffered() or conn.sock.recv(PICTURE)
+            request = plain.read(come, conn, self._environ)
+            if not request:
+                conn.parser.unreader.unread(come)
+                return None
+            keep = self.alive and len(self.keepalived_conns) < self.max_keepalived
+            conn.sock.sendall(plain.answer(self.wsgi, request.environ, keep))
+            if request.ahead:
+                conn.parser.unreader.unread(request.ahead)
+            return keep and not request.body.left
+        except OSError:  # the client is gone
+            return False
+        except Exception as exc:
+            self.handle_error(None, conn.sock, conn.client, exc)
+            return False
 
     def _refused(self, conn: Any, head: bytes) -> bool:
         """Whether there was no place for a connection's first request, which has come whole: it ends here, in half the
@@ -259,18 +291,17 @@ def _whole(sock: Any) -> bytes:
     return head[: end + 4] if come[0] >= end + 4 + sum(map(int, length)) else b""
 
 
-def _more(conn: Any) -> bool:
-    """Whether something of the next request comes within STAY, or the connection's end; the parser has it then."""
-    conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, SOON)
+def _more(sock: Any) -> bytes | None:
+    """What comes of the next request within STAY; nothing where the connection ends, None where it stays silent."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, SOON)
     try:
-        conn.parser.unreader.unread(conn.sock.recv(PICTURE))
+        return bytes(sock.recv(PICTURE))
     except BlockingIOError:
-        return False
+        return None
     except OSError:
-        pass  # whoever reads on is told
+        return b""  # whoever reads on is told
     finally:
-        conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, EVER)
-    return True
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, EVER)
 
 
 def _readable(sock: Any, milliseconds: int) -> bool:

@@ -53,7 +53,7 @@ def together(threads, joined, count):
 
 
 def asked(pixels, contract="c", seconds=5.0, wanted=lambda: True):
-    return Asked(contract, time.monotonic() + seconds, "id", wanted, pixels)
+    return Asked(contract, time.monotonic() + seconds, "id", wanted, lambda *found: found, pixels)
 
 
 def ask(joined, asked):

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -124,6 +125,8 @@ def test_who_is_refused_with_a_request_that_is_here_whole_is_read_by_nobody_else
     (worker,) = psutil.Process(process.pid).children()
     assert requests.post(f"{url}/predict", timeout=5).status_code == 503  # from here on there are turns, for a second
     worker.suspend()  # or it might accept a connection whose request is still on its way
+    while worker.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.001)
     clients = [HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]), timeout=5) for _ in range(10)]
     for client in clients:
         client.request("POST", "/predict", bytes(size))
@@ -131,8 +134,8 @@ def test_who_is_refused_with_a_request_that_is_here_whole_is_read_by_nobody_else
     answers = [client.getresponse() for client in clients]
     assert [answer.status for answer in answers] == [503] * 10
     assert not any("Server" in answer.headers for answer in answers)  # gunicorn's own have it
-    for client in clients:
-        client.close()
+    for each in [*answers, *clients]:
+        each.close()
 
 
 def test_who_is_refused_for_another_reason_is_told_that(full, tmp_path):
@@ -181,3 +184,53 @@ def test_what_is_free_in_one_thread_serves_the_others(started):
     environment = os.environ | {TUNABLES: worker.environ()[TUNABLES]}  # glibc cuts what it has read: arena_max is left
     told = subprocess.run([sys.executable, "-c", ALL_AT_ONCE], env=environment, capture_output=True, check=True)
     assert told.stdout.count(b"<heap nr=") == 1
+
+
+def ask(url, *pieces):
+    """What comes back for these bytes, sent with a pause between them, until the server closes."""
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as sock:
+        threading.Thread(target=_send, args=(sock, pieces)).start()
+        got = b""
+        while data := sock.recv(1 << 16):
+            got += data
+        return got
+
+
+def _send(sock, pieces):
+    for piece in pieces:
+        sock.sendall(piece)
+        time.sleep(0.1)
+
+
+def test_plain_and_other_requests_of_a_connection_are_answered_in_turn(started, torchserve, tiny):
+    torchserve.models["tiny"] = tiny["1"]
+    _, url = started()
+    wait_ready(url)
+    bodies = {colour: picture(colour) for colour in ("red", "green", "blue")}
+    plainly = {colour: POST + b"Content-Length: %d\r\n\r\n" % len(body) + body for colour, body in bodies.items()}
+    chunked = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"
+    other = chunked % (len(bodies["blue"]), bodies["blue"])
+    last = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    whole = plainly["red"] + plainly["green"] + other + plainly["red"] + last
+    for pieces in ([whole], [whole[:10], whole[10:80], whole[80:]], [whole[:-60], whole[-60:]]):
+        got = ask(url, *pieces)
+        answers = got.split(b"HTTP/1.1 200 OK\r\n")
+        labels = [re.search(rb'"label":"([a-z]+)"', each)[1] for each in answers[1:5]]
+        assert labels == [b"red", b"green", b"blue", b"red"]
+        assert len(answers) == 6
+        assert b'{"status":"alive"}' in answers[5]
+
+
+def test_half_a_body_is_said_and_nothing_more_is_read(started, torchserve, tiny):
+    torchserve.models["tiny"] = tiny["1"]
+    _, url = started()
+    wait_ready(url)
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as sock:
+        sock.sendall(POST + b"Content-Length: 5\r\n\r\nhel")
+        sock.shutdown(socket.SHUT_WR)
+        got = b""
+        while data := sock.recv(1 << 16):
+            got += data
+    assert got.startswith(b"HTTP/1.1 400 ")
+    assert b"the body ended before the length" in got
+    assert got.count(b"HTTP/1.1 ") == 1

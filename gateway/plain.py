@@ -1,0 +1,107 @@
+"""A plain POST is read and answered without gunicorn's parser, environ and response, which are a third of what Python
+does between two pictures (docs/speed.md).
+
+Plain is what programs and proxies send. Whatever is not, or could be read in two ways, is left to gunicorn: other
+methods and versions, queries and escapes, chunks, Expect, Upgrade, headers that come twice or with unusual signs.
+"""
+
+import functools
+import re
+import socket
+import time
+from email.utils import formatdate
+from typing import Any, NamedTuple
+
+import gunicorn
+
+from gateway.front import App, Environ
+
+# Names have no underscore: in an environ it would be the same as a hyphen.
+HEADER = rb"[A-Za-z0-9-]{1,64}:[\t -~]{0,4096}\r\n"
+HEAD = re.compile(rb"POST (/[A-Za-z0-9._:-][A-Za-z0-9._:/-]*) HTTP/1\.1\r\n((?:%b){1,50})\r\n" % HEADER)
+LENGTH = re.compile(r"[0-9]{1,12}")
+FRAMING = frozenset(("HTTP_TRANSFER_ENCODING", "HTTP_EXPECT", "HTTP_UPGRADE", "HTTP_TRAILER"))
+CONSTANT = {
+    "REQUEST_METHOD": "POST",
+    "QUERY_STRING": "",
+    "SERVER_PROTOCOL": "HTTP/1.1",
+    "SCRIPT_NAME": "",
+    "wsgi.url_scheme": "http",
+    "wsgi.multithread": True,
+}
+
+
+class Body:
+    """wsgi.input: so many bytes, of which `come` are the first."""
+
+    def __init__(self, sock: socket.socket, come: bytes, length: int) -> None:
+        self._sock, self._come, self.left = sock, come, length
+
+    def read(self, size: int) -> bytes:
+        """As many, or less where the client has gone."""
+        size = min(size, self.left)
+        if self._come:
+            chunk, self._come = self._come[:size], self._come[size:]
+        else:
+            chunk = self._sock.recv(size, socket.MSG_WAITALL)
+        self.left -= len(chunk)
+        return chunk
+
+
+class Request(NamedTuple):
+    environ: Environ
+    body: Body
+    ahead: bytes  # what follows it
+
+
+def read(data: bytes, conn: Any, base: Environ) -> Request | None:
+    """What has come of a request -> the request; None where it is not plain.
+
+    conn: gunicorn's, of which the rest of the body is read; base: what all its requests have in their environ.
+    """
+    head = HEAD.match(data)
+    if not head:
+        return None
+    lines = head[2].decode().split("\r\n")[:-1]
+    headers = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        headers["HTTP_" + name.upper().replace("-", "_")] = value.strip(" \t")
+    length = headers.pop("HTTP_CONTENT_LENGTH", "")
+    twice = len(headers) + 1 != len(lines)
+    closes = headers.get("HTTP_CONNECTION", "keep-alive").lower() != "keep-alive"
+    if twice or closes or not LENGTH.fullmatch(length) or not FRAMING.isdisjoint(headers):
+        return None
+    path, end = head[1].decode(), head.end() + int(length)
+    body = Body(conn.sock, data[head.end() : end], int(length))
+    environ = base | headers | {"PATH_INFO": path, "RAW_URI": path, "CONTENT_LENGTH": length, "wsgi.input": body}
+    if "HTTP_CONTENT_TYPE" in headers:
+        environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE")
+    environ["gunicorn.socket"] = conn.sock
+    environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = conn.client[0], str(conn.client[1])
+    environ["SERVER_NAME"], environ["SERVER_PORT"] = conn.server[0], str(conn.server[1])
+    return Request(environ, body, data[end:])
+
+
+def answer(app: App, environ: Environ, keep: bool) -> bytes:
+    """All that is sent. keep: whether the client is told that the connection stays open."""
+    said: list[Any] = []
+    chunks = app(environ, lambda *status_and_headers: said.extend(status_and_headers))
+    try:
+        body = b"".join(chunks)
+    finally:
+        getattr(chunks, "close", lambda: None)()
+    status, headers = said
+    lines = [
+        f"HTTP/1.1 {status}",
+        f"Server: {gunicorn.SERVER}",
+        f"Date: {_date(int(time.time()))}",
+        f"Connection: {'keep-alive' if keep else 'close'}",
+        *(f"{name}: {value}" for name, value in headers),
+    ]
+    return "\r\n".join((*lines, "", "")).encode("latin-1") + body
+
+
+@functools.lru_cache(1)
+def _date(second: int) -> str:
+    return formatdate(second, usegmt=True)
