@@ -38,8 +38,14 @@ LATE = 60.0  # seconds without a look after which this program must hang: a star
 # Seconds before another try: doubled up to the last as long as no model becomes ready.
 FIRST_PAUSE, LAST_PAUSE = 0.5, 60.0
 # The JVM only hands bytes on: its optimizing compiler and concurrent collector cost more CPU than they save. A picture
-# costs it 0.6 ms with these and 1.1 to 2.6 in the first half minute without (32 clients, two cores, n=1 each).
-LEAN = ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:+UseTransparentHugePages"]
+# costs it 0.6 ms with these and 1.1 to 2.6 in the first half minute without (32 clients, two cores, n=1 each), and less
+# where its first compiler takes up a method after a tenth of the usual calls (docs/speed.md).
+LEAN = [
+    "-XX:+UseSerialGC",
+    "-XX:TieredStopAtLevel=1",
+    "-XX:CompileThresholdScaling=0.1",
+    "-XX:+UseTransparentHugePages",
+]
 
 
 @dataclass(frozen=True)
