@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 
 import psutil
@@ -234,3 +235,18 @@ def test_half_a_body_is_said_and_nothing_more_is_read(started, torchserve, tiny)
     assert got.startswith(b"HTTP/1.1 400 ")
     assert b"the body ended before the length" in got
     assert got.count(b"HTTP/1.1 ") == 1
+
+
+def test_a_gateway_that_ends_answers_what_it_has_read(started, torchserve):
+    process, url = started()
+    wait_ready(url)
+    torchserve.hold.clear()
+    with ThreadPoolExecutor(4) as clients:
+        asked = [clients.submit(requests.post, f"{url}/predict", picture("red"), timeout=30) for _ in range(4)]
+        while "kennel_in_flight 4.0" not in requests.get(f"{url}/metrics", timeout=5).text:
+            time.sleep(0.05)
+        process.terminate()
+        time.sleep(0.5)
+        torchserve.hold.set()
+        assert [future.result().status_code for future in asked] == [200] * 4
+    assert process.wait(10) == 0
