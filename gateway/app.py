@@ -30,7 +30,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from bundle.cpus import whole_cpus
 from bundle.manifest import Manifest
-from gateway import access, errors, schemas, telemetry
+from gateway import access, errors, plain, schemas, telemetry
 from gateway.admission import BURST, Admission, Place
 from gateway.client import Client, Split
 from gateway.errors import Problem
@@ -124,13 +124,7 @@ class Gateway:
             "HTTP_X_REQUEST_ID": _header(head, b"x-request-id"),
             "CONTENT_LENGTH": _header(head, b"content-length"),
         }
-        lines: list[str] = []
-
-        def start_response(status: str, headers: list[tuple[str, str]]) -> None:
-            lines.extend((f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in headers)))
-
-        body = b"".join(self.refusal(problem, environ, started)(environ, start_response))
-        return "\r\n".join((*lines, "Connection: close", "", "")).encode() + body
+        return plain.answer(self.refusal(problem, environ, started), environ, "Connection: close")
 
     def _client(self, target: str) -> Client:
         calls = int(self.settings.in_flight * (1 + BURST))  # as one client's pictures may be in, each with its own

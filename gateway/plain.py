@@ -83,8 +83,8 @@ def read(data: bytes, conn: Any, base: Environ) -> Request | None:
     return Request(environ, body, data[end:])
 
 
-def answer(app: App, environ: Environ, keep: bool) -> bytes:
-    """All that is sent. keep: whether the client is told that the connection stays open."""
+def answer(app: App, environ: Environ, *server: str) -> bytes:
+    """All that is sent. server: the lines of the head that are not the app's."""
     said: list[Any] = []
     chunks = app(environ, lambda *status_and_headers: said.extend(status_and_headers))
     try:
@@ -92,14 +92,14 @@ def answer(app: App, environ: Environ, keep: bool) -> bytes:
     finally:
         getattr(chunks, "close", lambda: None)()
     status, headers = said
-    lines = [
-        f"HTTP/1.1 {status}",
-        f"Server: {gunicorn.SERVER}",
-        f"Date: {_date(int(time.time()))}",
-        f"Connection: {'keep-alive' if keep else 'close'}",
-        *(f"{name}: {value}" for name, value in headers),
-    ]
-    return "\r\n".join((*lines, "", "")).encode("latin-1") + body
+    lines = (f"HTTP/1.1 {status}", *server, *(f"{name}: {value}" for name, value in headers), "", "")
+    return "\r\n".join(lines).encode("latin-1") + body
+
+
+def server(keep: bool) -> tuple[str, ...]:
+    """As gunicorn has them. keep: whether the client is told that the connection stays open."""
+    connection = "keep-alive" if keep else "close"
+    return f"Server: {gunicorn.SERVER}", f"Date: {_date(int(time.time()))}", f"Connection: {connection}"
 
 
 @functools.lru_cache(1)

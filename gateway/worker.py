@@ -21,13 +21,11 @@ import threading
 import time
 from concurrent.futures import Future
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 from gunicorn import util
 from gunicorn.glogging import Logger
 from gunicorn.http import wsgi
-from gunicorn.http.body import LengthReader
 from gunicorn.workers import gthread
 
 from gateway import plain
@@ -60,25 +58,6 @@ class Socket(socket.socket):
 
     def setblocking(self, flag: bool) -> None:
         self.settimeout(None if flag else 0.0)
-
-
-class Answer(wsgi.Response):  # type: ignore[misc]
-    """gunicorn's, whose head goes with the body's first piece."""
-
-    def write(self, arg: bytes) -> None:
-        if self.headers_sent:
-            super().write(arg)
-            return
-        pieces: list[bytes] = []
-        sock, self.sock = self.sock, SimpleNamespace(sendall=pieces.append)  # type: ignore[has-type]
-        try:
-            super().write(arg)
-        finally:
-            self.sock = sock
-            util.write(sock, b"".join(pieces))
-
-
-wsgi.Response = Answer  # where gunicorn's threads look for it
 
 
 class Worker(gthread.ThreadWorker):  # type: ignore[misc]
@@ -117,12 +96,6 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
             return self._serve(conn, not _ahead(conn) and bool(_whole(conn.sock)))
         finally:
             turn.leave()
-
-    def _keepalive_after(self, conn: Any, keepalive: bool) -> bool:
-        """As gunicorn's, which sets a timeout and takes it back even where no body is left to read."""
-        body = conn.parser.mesg.body.reader
-        come = isinstance(body, LengthReader) and not body.length
-        return keepalive and (come or super()._keepalive_after(conn, keepalive))
 
     def _pass_on(self, listener: Any) -> None:
         with self._guard:
@@ -204,7 +177,7 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
                 conn.parser.unreader.unread(come)
                 return None
             keep = self.alive and len(self.keepalived_conns) < self.max_keepalived
-            conn.sock.sendall(plain.answer(self.wsgi, request.environ, keep))
+            conn.sock.sendall(plain.answer(self.wsgi, request.environ, *plain.server(keep)))
             if request.ahead:
                 conn.parser.unreader.unread(request.ahead)
             return keep and not request.body.left
