@@ -2,7 +2,7 @@
 does between two pictures (docs/speed.md).
 
 Plain is what programs and proxies send. Whatever is not, or could be read in two ways, is left to gunicorn: other
-methods and versions, queries and escapes, chunks, Expect, Upgrade, headers that come twice or with unusual signs.
+methods and versions, escapes in paths, chunks, Expect, Upgrade, headers that come twice or with unusual signs.
 """
 
 import functools
@@ -18,12 +18,12 @@ from gateway.front import App, Environ
 
 # Names have no underscore: in an environ it would be the same as a hyphen.
 HEADER = rb"[A-Za-z0-9-]{1,64}:[\t -~]{0,4096}\r\n"
-HEAD = re.compile(rb"POST (/[A-Za-z0-9._:-][A-Za-z0-9._:/-]*) HTTP/1\.1\r\n((?:%b){1,50})\r\n" % HEADER)
+TARGET = rb"(/[A-Za-z0-9._:-][A-Za-z0-9._:/-]*)(?:\?([A-Za-z0-9._~:/=&+%-]*))?"
+HEAD = re.compile(rb"POST (%b) HTTP/1\.1\r\n((?:%b){1,50})\r\n" % (TARGET, HEADER))
 LENGTH = re.compile(r"[0-9]{1,12}")
 FRAMING = frozenset(("HTTP_TRANSFER_ENCODING", "HTTP_EXPECT", "HTTP_UPGRADE", "HTTP_TRAILER"))
 CONSTANT = {
     "REQUEST_METHOD": "POST",
-    "QUERY_STRING": "",
     "SERVER_PROTOCOL": "HTTP/1.1",
     "SCRIPT_NAME": "",
     "wsgi.url_scheme": "http",
@@ -62,7 +62,8 @@ def read(data: bytes, conn: Any, base: Environ) -> Request | None:
     head = HEAD.match(data)
     if not head:
         return None
-    lines = head[2].decode().split("\r\n")[:-1]
+    target, path, query, rest = (part.decode() for part in head.groups(b""))
+    lines = rest.split("\r\n")[:-1]
     headers = {}
     for line in lines:
         name, _, value = line.partition(":")
@@ -72,9 +73,10 @@ def read(data: bytes, conn: Any, base: Environ) -> Request | None:
     closes = headers.get("HTTP_CONNECTION", "keep-alive").lower() != "keep-alive"
     if twice or closes or not LENGTH.fullmatch(length) or not FRAMING.isdisjoint(headers):
         return None
-    path, end = head[1].decode(), head.end() + int(length)
+    end = head.end() + int(length)
     body = Body(conn.sock, data[head.end() : end], int(length))
-    environ = base | headers | {"PATH_INFO": path, "RAW_URI": path, "CONTENT_LENGTH": length, "wsgi.input": body}
+    environ = base | headers | {"RAW_URI": target, "PATH_INFO": path, "QUERY_STRING": query}
+    environ |= {"CONTENT_LENGTH": length, "wsgi.input": body}
     if "HTTP_CONTENT_TYPE" in headers:
         environ["CONTENT_TYPE"] = environ.pop("HTTP_CONTENT_TYPE")
     environ["gunicorn.socket"] = conn.sock

@@ -103,7 +103,12 @@ LINES = [
     b"POST /v1/models/dog-breeds:predict HTTP/1.1",
     b"POST //predict HTTP/1.1",
     b"POST /predict/../x HTTP/1.1",
-    b"POST /predict?top_k=3 HTTP/1.1",
+    b"POST /predict?top_k=3&model=dog%2Dbreeds HTTP/1.1",
+    b"POST /predict? HTTP/1.1",
+    b"POST /predict?a?b HTTP/1.1",
+    b"POST /predict?u=http://kennel//predict HTTP/1.1",
+    b"POST /predict?a=1#b HTTP/1.1",
+    b"POST ?a=1 HTTP/1.1",
     b"POST /pre%64ict HTTP/1.1",
     b"POST /predict#x HTTP/1.1",
     b"POST http://kennel/predict HTTP/1.1",
@@ -134,6 +139,7 @@ PLAIN = [
     POST,
     POST + b"Accept: */*\r\nUser-Agent: curl/8.5.0\r\nContent-Type: application/x-www-form-urlencoded\r\n",
     POST + b"User-Agent: python-requests/2.32\r\nAccept-Encoding: gzip, deflate\r\nConnection: keep-alive\r\n",
+    POST.replace(b"/predict", b"/predict?model=dog-breeds&top_k=3"),
     POST + b"X-Forwarded-For: 1.2.3.4\r\nX-Forwarded-Proto: https\r\nVia: 1.1 google\r\nX-Cloud-Trace-Context: 1/2\r\n",
 ]
 
