@@ -28,6 +28,9 @@ BASE ?= debian:bookworm-slim
 PIP := $(PY) -m pip install -qq --disable-pip-version-check --no-deps --require-hashes --no-compile
 RUN_PARTS := gateway model-server export local
 export PYTHONPATH := $(CURDIR)
+# Byte code is kept beside what it is made of, whatever the shell says: without it each start of a process compiles all
+# that it imports, for the gateway a second.
+unexport PYTHONDONTWRITEBYTECODE
 STARTED := $(shell date +%s)
 
 .PHONY: help

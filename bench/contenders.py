@@ -215,15 +215,14 @@ def running(contender: Contender, photo: Path, log: Path) -> Iterator[Server]:
                     if process.poll() is not None:
                         raise Failed(f"ended by itself with {process.returncode}: {tail(log)}")
                     try:
+                        answering = answering or answers(url)
                         ask(url, first)
                         break
                     except (OSError, ValueError) as exc:
-                        if isinstance(exc, urllib.error.HTTPError) and not answering:
-                            answering = time.time()
                         if time.monotonic() - began > START_SECONDS:
                             raise Failed(f"no answer in {START_SECONDS:g} s ({exc}): {tail(log)}") from exc
                     time.sleep(0.05)
-                yield Server(contender, url, process, time.monotonic() - began, answering or time.time())
+                yield Server(contender, url, process, time.monotonic() - began, answering)
             finally:
                 end(process, known)
 
@@ -245,6 +244,14 @@ def end(process: subprocess.Popen[bytes], known: Sequence[psutil.Process], secon
 def tail(log: Path) -> str:
     lines = log.read_text(errors="replace").strip().splitlines()
     return " / ".join(lines[-3:]) or "it said nothing"
+
+
+def answers(url: str) -> float:
+    """time.time() once a GET is answered, be it with an error: a picture may have to wait for what is behind a gateway.
+    Raises OSError where it is not."""
+    with contextlib.suppress(urllib.error.HTTPError):
+        urllib.request.urlopen(url, timeout=1).close()
+    return time.time()
 
 
 def ask(url: str, what: Body, timeout: float = 20) -> list[dict[str, Any]]:
