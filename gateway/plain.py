@@ -21,6 +21,7 @@ HEADER = rb"[A-Za-z0-9-]{1,64}:[\t -~]{0,4096}\r\n"
 TARGET = rb"(/[A-Za-z0-9._:-][A-Za-z0-9._:/-]*)(?:\?([A-Za-z0-9._~:/=&+%-]*))?"
 HEAD = re.compile(rb"POST (%b) HTTP/1\.1\r\n((?:%b){1,50})\r\n" % (TARGET, HEADER))
 LENGTH = re.compile(r"[0-9]{1,12}")
+CONNECTION = ("keep-alive", "close")
 FRAMING = frozenset(("HTTP_TRANSFER_ENCODING", "HTTP_EXPECT", "HTTP_UPGRADE", "HTTP_TRAILER"))
 CONSTANT = {
     "REQUEST_METHOD": "POST",
@@ -52,6 +53,7 @@ class Request(NamedTuple):
     environ: Environ
     body: Body
     ahead: bytes  # what follows it
+    last: bool  # the client wants the connection closed once it is answered
 
 
 def read(data: bytes, conn: Any, base: Environ) -> Request | None:
@@ -70,8 +72,8 @@ def read(data: bytes, conn: Any, base: Environ) -> Request | None:
         headers["HTTP_" + name.upper().replace("-", "_")] = value.strip(" \t")
     length = headers.pop("HTTP_CONTENT_LENGTH", "")
     twice = len(headers) + 1 != len(lines)
-    closes = headers.get("HTTP_CONNECTION", "keep-alive").lower() != "keep-alive"
-    if twice or closes or not LENGTH.fullmatch(length) or not FRAMING.isdisjoint(headers):
+    connection = headers.get("HTTP_CONNECTION", "keep-alive").lower()
+    if twice or connection not in CONNECTION or not LENGTH.fullmatch(length) or not FRAMING.isdisjoint(headers):
         return None
     end = head.end() + int(length)
     body = Body(conn.sock, data[head.end() : end], int(length))
@@ -82,7 +84,7 @@ def read(data: bytes, conn: Any, base: Environ) -> Request | None:
     environ["gunicorn.socket"] = conn.sock
     environ["REMOTE_ADDR"], environ["REMOTE_PORT"] = conn.client[0], str(conn.client[1])
     environ["SERVER_NAME"], environ["SERVER_PORT"] = conn.server[0], str(conn.server[1])
-    return Request(environ, body, data[end:])
+    return Request(environ, body, data[end:], connection == "close")
 
 
 def answer(app: App, environ: Environ, *server: str) -> bytes:

@@ -21,7 +21,7 @@ import threading
 import time
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from gunicorn import util
 from gunicorn.glogging import Logger
@@ -58,6 +58,13 @@ class Socket(socket.socket):
 
     def setblocking(self, flag: bool) -> None:
         self.settimeout(None if flag else 0.0)
+
+
+class Plainly(NamedTuple):
+    """How a plain request was answered."""
+
+    kept: bool  # its connection
+    over: bool  # nothing else is to come on it
 
 
 class Worker(gthread.ThreadWorker):  # type: ignore[misc]
@@ -140,9 +147,8 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
             else:
                 turn.leave()
             before = conn.parser and conn.parser.mesg
-            kept = self._plainly(conn, come)
-            if kept is None:
-                kept = super().handle(conn)
+            plainly = self._plainly(conn, come)
+            kept = super().handle(conn) if plainly is None else plainly.kept
             turn.give()
             if kept is not True or not self.alive or _ahead(conn):
                 break
@@ -153,7 +159,7 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
             else:
                 come, whole = _more(conn.sock), False
         if not kept:
-            if _over(conn, before):  # then closing cannot cut off the answer
+            if plainly.over if plainly else _over(conn, before):  # then closing cannot cut off the answer
                 util.close(conn.sock)
             else:
                 turn.leave()
@@ -161,11 +167,8 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
             conn.close = lambda graceful=False: None
         return kept
 
-    def _plainly(self, conn: Any, come: bytes) -> bool | None:
-        """Whether the connection is kept, once a plain request is answered; None where it is left to gunicorn.
-
-        come: what has been read of it.
-        """
+    def _plainly(self, conn: Any, come: bytes) -> Plainly | None:
+        """A plain request is answered; None where it is left to gunicorn. come: what has been read of it."""
         if not (conn.initialized or conn.data_ready):  # nothing has come yet
             return None
         conn.sock.setblocking(True)
@@ -176,16 +179,17 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
             if not request:
                 conn.parser.unreader.unread(come)
                 return None
-            keep = self.alive and len(self.keepalived_conns) < self.max_keepalived
+            keep = not request.last and self.alive and len(self.keepalived_conns) < self.max_keepalived
             conn.sock.sendall(plain.answer(self.wsgi, request.environ, *plain.server(keep)))
             if request.ahead:
                 conn.parser.unreader.unread(request.ahead)
-            return keep and not request.body.left
+            read = not (request.body.left or request.ahead)
+            return Plainly(keep and not request.body.left, request.last and read)
         except OSError:  # the client is gone
-            return False
+            return Plainly(False, True)
         except Exception as exc:
             self.handle_error(None, conn.sock, conn.client, exc)
-            return False
+            return Plainly(False, False)
 
     def _refused(self, conn: Any, head: bytes) -> bool:
         """Whether there was no place for a connection's first request, which has come whole: it ends here, in half the

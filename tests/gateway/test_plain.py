@@ -19,7 +19,7 @@ APART = {"wsgi.input", "wsgi.errors", "gunicorn.socket", "wsgi.early_hints"}  # 
 
 
 def read_plainly(data, later=b""):
-    """(environ, body, what is left), or None. later: what comes by the socket."""
+    """(environ, body, what is left, whether it is the last), or None. later: what comes by the socket."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         request = plain.read(data, SimpleNamespace(sock=ours, client=CLIENT, server=SERVER), BASE)
@@ -32,11 +32,11 @@ def read_plainly(data, later=b""):
             body += chunk
         assert request.environ["wsgi.input"] is request.body
         assert request.body.left == int(request.environ["CONTENT_LENGTH"]) - len(body)
-        return _apart(request.environ), body, request.ahead
+        return _apart(request.environ), body, request.ahead, request.last
 
 
 def read_by_gunicorn(data):
-    """(environ, body, what is left), or None where it refuses or then closes the connection."""
+    """(environ, body, what is left, whether it is the last), or None where it refuses."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(data)
@@ -51,7 +51,7 @@ def read_by_gunicorn(data):
         left = parser.unreader.take_buffered()
         while more := ours.recv(1 << 16):
             left += more
-        return None if request.should_close() else (_apart(environ), body, left)
+        return _apart(environ), body, left, request.should_close()
 
 
 def _apart(environ):
@@ -140,6 +140,7 @@ PLAIN = [
     POST + b"Accept: */*\r\nUser-Agent: curl/8.5.0\r\nContent-Type: application/x-www-form-urlencoded\r\n",
     POST + b"User-Agent: python-requests/2.32\r\nAccept-Encoding: gzip, deflate\r\nConnection: keep-alive\r\n",
     POST.replace(b"/predict", b"/predict?model=dog-breeds&top_k=3"),
+    POST + b"Accept-Encoding: identity\r\nConnection: close\r\n",
     POST + b"X-Forwarded-For: 1.2.3.4\r\nX-Forwarded-Proto: https\r\nVia: 1.1 google\r\nX-Cloud-Trace-Context: 1/2\r\n",
 ]
 
@@ -148,10 +149,10 @@ PLAIN = [
 def test_what_programs_and_proxies_send_is_plain(head):
     data = head + b"\r\nhello" + POST
     assert read_plainly(data) == read_by_gunicorn(data)
-    assert read_plainly(data)[1:] == (b"hello", POST)
+    assert read_plainly(data)[1:3] == (b"hello", POST)
 
 
 @pytest.mark.parametrize("come", [0, 2, 5])
 def test_the_rest_of_a_body_is_read_from_the_socket(come):
-    assert read_plainly(POST + b"\r\n" + b"hello"[:come], b"hello"[come:] + POST)[1:] == (b"hello", b"")
-    assert read_plainly(POST + b"\r\n" + b"hello"[:come], b"")[1:] == (b"hello"[:come], b"")
+    assert read_plainly(POST + b"\r\n" + b"hello"[:come], b"hello"[come:] + POST)[1:] == (b"hello", b"", False)
+    assert read_plainly(POST + b"\r\n" + b"hello"[:come], b"")[1:] == (b"hello"[:come], b"", False)
