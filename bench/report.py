@@ -242,9 +242,9 @@ def ranked(book: Book) -> list[str]:
     return sorted(book.names(), key=lambda name: -(book.median(name, cases.MANY.name, "images_per_s") or -1.0))
 
 
-def charts(book: Book) -> Iterator[dict[str, Any]]:
+def charts(book: Book, measures: Sequence[Measure] = MEASURES) -> Iterator[dict[str, Any]]:
     """A bar a contender for every figure that was measured, the best first."""
-    for measure in MEASURES:
+    for measure in measures:
         rows = [(name, found) for name in book.names() if (found := value(book, name, measure))]
         rows.sort(key=lambda row: -row[1].median if measure.more_is_better else row[1].median)
         top = max((found.high for _, found in rows), default=0.0)
@@ -257,7 +257,7 @@ def _parts(book: Book, name: str, measure: Measure) -> dict[str, float]:
 
 
 def write(book: Book, folder: Path) -> None:
-    """report.json and report.html into the folder."""
+    """report.json, report.html and speed.svg into the folder."""
     told = {
         "run": book.run,
         "identity": book.identity,
@@ -269,6 +269,7 @@ def write(book: Book, folder: Path) -> None:
     }
     (folder / "report.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     (folder / "report.html").write_text(page(book))
+    (folder / "speed.svg").write_text(picture(book))
 
 
 def templates(folder: Path) -> jinja2.Environment:
@@ -283,27 +284,38 @@ def templates(folder: Path) -> jinja2.Environment:
 
 
 def page(book: Book) -> str:
-    environment = templates(Path(__file__).parent)
-    environment.filters |= {"number": _number, "range": _range}
     required = bounds(book)
     compared = comparisons(book)
-    roles = sorted({role for name in book.names() for role in cpu_parts(book, name)})
-    return environment.get_template("report.html.j2").render(
-        book=book,
+    return _rendered(
+        "report.html.j2",
+        book,
         where=where(book),
         headline=headline(required),
         required=required,
         behind=[row for row in compared if row["times"] < 1],
         ahead=[row for row in reversed(compared) if row["times"] >= 1],
         charts=list(charts(book)),
-        colours={role: i % COLOURS for i, role in enumerate(roles)},
         errors={name: reason for name in book.names() if (reason := book.error(name))},
         overload=list(overload(book)),
-        ours=OURS,
     )
 
 
-COLOURS = 6  # that the page's style has
+def picture(book: Book) -> str:
+    """SVG of the first two figures."""
+    return _rendered("speed.svg.j2", book, charts=list(charts(book, MEASURES[:2])))
+
+
+def _rendered(template: str, book: Book, **more: Any) -> str:
+    environment = templates(Path(__file__).parent)
+    environment.filters |= {"number": _number, "range": _range}
+    parts = [part for name in book.names() for part in cpu_parts(book, name).items()]
+    roles = sorted({role for role, ms in parts if ms >= VISIBLE})
+    colours = {role: i % COLOURS for i, role in enumerate(roles)}
+    return environment.get_template(template).render(book=book, ours=OURS, colours=colours, **more)
+
+
+COLOURS = 6  # that the pages' style has
+VISIBLE = 0.05  # CPU ms an image that are drawn
 
 
 def overload(book: Book) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,23 @@ def test_the_page_shows_what_was_recorded(measured: Book) -> None:
     assert "worker: 14.0 ms" in html
 
 
+def test_the_picture_for_a_readme_has_the_first_figures_within_its_frame(measured: Book) -> None:
+    svg = ET.fromstring(report.picture(measured))
+    shown = ["".join(text.itertext()) for text in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert [text for text in shown if text in {m.title for m in report.MEASURES}] == [
+        "Images a second, 32 clients",
+        "CPU an image, all processes, 32 clients",
+    ]
+    assert shown.count(OURS) == shown.count(FLASK) == 2
+    assert "80.0 (72.0 to 88.0, n 3)" in shown
+    assert {"worker", "gateway", "JVM"} <= set(shown)
+    assert any("AMD <EPYC>" in text for text in shown)
+    width, height = map(float, svg.attrib["viewBox"].split()[2:])
+    for rect in svg.iter("{http://www.w3.org/2000/svg}rect"):
+        assert 0 <= float(rect.attrib["x"]) < float(rect.attrib["x"]) + float(rect.attrib["width"]) <= width
+        assert float(rect.attrib["y"]) < height
+
+
 def test_the_table_for_the_terminal(measured: Book) -> None:
     text = report.text(measured)
     assert "AMD <EPYC>, 2 CPUs" in text
@@ -173,9 +191,10 @@ def test_the_table_for_the_terminal(measured: Book) -> None:
     assert text.count("NOT MET") == 6
 
 
-def test_both_files_are_written(measured: Book, tmp_path: Path) -> None:
+def test_all_files_are_written(measured: Book, tmp_path: Path) -> None:
     report.write(measured, tmp_path)
     assert (tmp_path / "report.html").read_text() == report.page(measured)
+    assert (tmp_path / "speed.svg").read_text() == report.picture(measured)
     told = json.loads((tmp_path / "report.json").read_text())
     assert told["contenders"][OURS]["Images a second, 32 clients"] == {"median": 80, "low": 72.0, "high": 88.0, "n": 3}
     assert len(told["records"]) == len(measured.records)
