@@ -314,7 +314,7 @@ def _rendered(template: str, book: Book, **more: Any) -> str:
     return environment.get_template(template).render(book=book, ours=OURS, colours=colours, **more)
 
 
-COLOURS = 6  # that the pages' style has
+COLOURS = 7  # that the pages' style has
 VISIBLE = 0.05  # CPU ms an image that are drawn
 
 
