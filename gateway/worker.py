@@ -148,7 +148,7 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]
                 turn.leave()
             before = conn.parser and conn.parser.mesg
             plainly = self._plainly(conn, come)
-            kept = super().handle(conn) if plainly is None else plainly.kept
+            kept = plainly.kept if plainly else super().handle(conn)
             turn.give()
             if kept is not True or not self.alive or _ahead(conn):
                 break
