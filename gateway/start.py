@@ -5,6 +5,7 @@ It forks the worker processes; each makes its own app, and with it its own chann
 
 import ctypes
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -15,6 +16,7 @@ from gunicorn.app.base import BaseApplication
 
 from gateway.settings import Settings
 
+ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 SECONDS = 5.0  # between two times that free memory goes back to the system
 
 
@@ -37,6 +39,8 @@ class Server(BaseApplication):  # type: ignore[misc]
             "worker_tmp_dir": str(self.shared),
             "logconfig_dict": LOGGING,
             "logger_class": "gateway.worker.Log",
+            "when_ready": _heed,
+            "post_worker_init": _heed,
             "child_exit": _forget,
             "worker_exit": _tell_the_rest,
             "control_socket_disable": True,
@@ -52,6 +56,17 @@ class Server(BaseApplication):  # type: ignore[misc]
         later.begin()
         threading.Thread(target=_keep_giving_memory_back, daemon=True).start()
         return create_app(self.settings, self.shared / "ready")
+
+
+def _hold() -> None:
+    """A signal to end waits until it can be heeded. It would be lost on a worker process just forked, which has the
+    main process's handlers until it sets its own: the gateway would end only after its grace. And a container's first
+    process without a handler goes on."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+
+
+def _heed(_: Any = None) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
 
 def _tell_the_rest(_: Any, __: Any) -> None:
@@ -79,6 +94,8 @@ def _keep_giving_memory_back() -> None:
 
 
 def main() -> None:
+    _hold()
+    os.register_at_fork(before=_hold, after_in_parent=_heed)
     settings = Settings.from_environment()
     with tempfile.TemporaryDirectory(prefix="gateway-") as shared:
         # Read by prometheus_client when it is imported, which is why the imports above wait.

@@ -250,3 +250,20 @@ def test_a_gateway_that_ends_answers_what_it_has_read(started, torchserve):
         torchserve.hold.set()
         assert [future.result().status_code for future in asked] == [200] * 4
     assert process.wait(10) == 0
+
+
+def test_a_gateway_told_to_end_while_it_starts_ends(torchserve, tmp_path):
+    """SIGTERM comes when a worker process has been forked and has no way yet to take one."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, time\n"
+        "os.register_at_fork(after_in_child=lambda: (os.kill(os.getppid(), signal.SIGTERM), time.sleep(1)))\n"
+    )
+    (port,) = processes.free_ports(1)
+    path = os.pathsep.join([str(tmp_path), str(processes.ROOT)])
+    with (tmp_path / "log").open("wb") as output:
+        process = processes.start_gateway(["tiny"], torchserve.target, port, output, processes=1, pythonpath=path)
+        try:
+            assert process.wait(15) == 0  # its grace is 25 seconds
+        finally:
+            processes.end(process)
+    assert "Worker exiting" in (tmp_path / "log").read_text()
