@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 
 Floats = NDArray[np.float64]
 # Where latencies are kept: 200 levels, the last of which is what 0.25% exceed.
@@ -91,11 +92,14 @@ class Latencies:
     seconds: Floats  # [load, level]
 
     @classmethod
-    def of(cls, quantiles_ms: Mapping[float, tuple[float, ...]]) -> "Latencies":
+    def of(cls, quantiles_ms: Mapping[float, Sequence[float]], calls: Mapping[float, int] | None = None) -> "Latencies":
+        """calls: how many answers each was measured with; as many for all where nothing is said."""
         loads = np.array(sorted(quantiles_ms))
-        # Never faster under more load, as a short step may look.
         rows = np.array([quantiles_ms[load] for load in loads]) / 1e3
-        return cls(loads, np.maximum.accumulate(rows, axis=0))
+        weights = [calls[load] for load in loads] if calls else None
+        # Never faster under more load, as a short step may look: such steps have the mean of theirs. The slowest so far
+        # would make of one bad moment what all higher loads have.
+        return cls(loads, np.apply_along_axis(lambda level: isotonic_regression(level, weights=weights).x, 0, rows))
 
     def at(self, load: float) -> Floats:
         """Seconds at LEVELS."""

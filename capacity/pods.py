@@ -25,6 +25,7 @@ from local.processes import ROOT, environment
 RATES = (*np.arange(10.0, 60.0, 10.0).tolist(), *np.arange(60.0, 400.0, 20.0).tolist())  # images/s, as the node bears
 WARM_UP = ((0.0, 40.0), (30.0, 40.0))
 HOLD = 20.0  # seconds of each: the kubelet counts CPU every ten
+LONG = 60.0  # of the ramp's height: of a thousand calls the slowest hundredth may all be of one bad moment
 # Of what the node can answer, at the ramp's height, and CPUs that a start takes: where the load leaves less of either,
 # latency is whatever the moment brings.
 BUSIEST, STARTING = 0.8, 1.0
@@ -120,7 +121,7 @@ def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier], peak: float | N
     grow = {tier.name: grows(tier, *fitted[tier.name]) for tier in tiers}
     ends = ", ".join(f"the {name} grows beyond {rate:.0f}" for name, rate in grow.items())
     print(f"the node answers {able:.0f} images/s; the ramp goes to {top:.0f}, {ends}", flush=True)
-    steps[top] = load.run([(0, top), (HOLD, top)], seed=92)  # where most of the ramp's answers are, as it is
+    steps[top] = load.run([(0, top), (LONG, top)], seed=92)  # where most of the ramp's answers are, as it is
     rates = noticed(grow, top)
     where = ", ".join(f"the {name} at {rate:.0f} images/s" for name, rate in rates.items())
     print(f"{STARTS} times one more replica of each, {where}", flush=True)
@@ -141,12 +142,11 @@ def measure(cluster: Cluster, load: Load, tiers: Sequence[Tier], peak: float | N
     node, an_image = fitted[""]
     fixed = max(0.0, node - sum(least[name] * fitted[name][0] for name in TIERS))
     others = max(0.0, an_image - sum(fitted[name][1] for name in TIERS))
-    quantiles = {
-        rate / able: tuple(np.quantile([1e3 * row.seconds for row in rows if row.status == 200], LEVELS).tolist())
-        for rate, rows in steps.items()
-    }
+    answers = {rate / able: [1e3 * row.seconds for row in rows if row.status == 200] for rate, rows in steps.items()}
+    quantiles = {load: tuple(np.quantile(found, LEVELS).tolist()) for load, found in answers.items()}
+    latencies = Latencies.of(quantiles, {load: len(found) for load, found in answers.items()})
     slowed = {name: found for name in TIERS if (found := typical([slow for *_, slow in starts[name]])) is not None}
-    shared = Shared(cluster.node_cpus, fixed, others, Latencies.of(quantiles), slowed)
+    shared = Shared(cluster.node_cpus, fixed, others, latencies, slowed)
     return Pods(replicas, create, shared, top, tiers)
 
 

@@ -110,6 +110,11 @@ def test_beyond_the_most_everything_waits_or_is_refused_and_nobody_waits_without
     assert result.late[-1] > 0.5 * result.served[-1]
 
 
+def test_steps_that_look_faster_under_more_load_have_their_mean():
+    found = Latencies.of({0.1: (10, 20), 0.5: (30, 90), 0.6: (20, 60), 0.9: (40, 80)}, {0.1: 9, 0.5: 1, 0.6: 2, 0.9: 9})
+    assert found.seconds == pytest.approx(np.array([[10, 20], [70 / 3, 70], [70 / 3, 70], [40, 80]]) / 1e3)
+
+
 def test_on_one_node_its_cpus_are_the_limit_and_a_start_takes_of_them():
     quiet = Latencies.of({0.2: tuple([20.0] * len(LEVELS)), 0.9: tuple([60.0] * len(LEVELS))})
     shared = Shared(2.0, 0.4, 0.001, quiet)
