@@ -252,16 +252,16 @@ def test_a_gateway_that_ends_answers_what_it_has_read(started, torchserve):
     assert process.wait(10) == 0
 
 
-def test_a_gateway_told_to_end_while_it_starts_ends(torchserve, tmp_path):
+def test_a_gateway_told_to_end_while_it_starts_ends(torchserve, tmp_path, monkeypatch):
     """SIGTERM comes when a worker process has been forked and has no way yet to take one."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, time\n"
         "os.register_at_fork(after_in_child=lambda: (os.kill(os.getppid(), signal.SIGTERM), time.sleep(1)))\n"
     )
     (port,) = processes.free_ports(1)
-    path = os.pathsep.join([str(tmp_path), str(processes.ROOT)])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with (tmp_path / "log").open("wb") as output:
-        process = processes.start_gateway(["tiny"], torchserve.target, port, output, processes=1, pythonpath=path)
+        process = processes.start_gateway(["tiny"], torchserve.target, port, output, processes=1)
         try:
             assert process.wait(15) == 0  # its grace is 25 seconds
         finally:
